@@ -1,0 +1,153 @@
+"""The attention function that scored models run with, and the banded, head-averaged attention of Eq. 9.
+
+Registered with transformers as "alphatoken". It is plain SDPA unless a context asks for more:
+- `recording(layers)` keeps queries and keys (after RoPE) of those layers, for value propagation's causal path;
+- `differentiable()` uses matrix products and softmax in blocks of queries, which forward-mode AD can follow (fused
+  kernels have no forward-mode rule); only where a tangent reaches the layer.
+
+B batch, H heads, G key-value heads, T positions, D head width, Q queries of one block.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd import forward_ad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from alphatoken.errors import UserError
+
+NAME = "alphatoken"
+QUERY_BLOCK = 128
+
+
+@dataclass
+class AttentionInputs:
+    """What one layer's attention was given."""
+
+    query: torch.Tensor  # BHTD
+    key: torch.Tensor  # BGTD
+    mask: torch.Tensor | None  # B1TT bool or additive; None: causal
+    scaling: float
+    softcap: float | None
+
+
+@dataclass
+class _Recording:
+    layers: set[int]
+    inputs: dict[int, AttentionInputs] = field(default_factory=dict)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_differentiable: ContextVar[bool] = ContextVar("differentiable", default=False)
+
+
+@contextmanager
+def recording(layers: set[int]) -> Iterator[dict[int, AttentionInputs]]:
+    """Fills the yielded dict with the attention inputs of the named layers as the model runs."""
+    record = _Recording(set(layers))
+    token = _recording.set(record)
+    try:
+        yield record.inputs
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Layers that a tangent reaches use operations with a forward-mode rule."""
+    token = _differentiable.set(True)
+    try:
+        yield
+    finally:
+        _differentiable.reset(token)
+
+
+def attention_scores(
+    inputs: AttentionInputs, start: int, stop: int, first_key: int, last_key: int
+) -> torch.Tensor:
+    """Logits of queries [start, stop) on keys [first_key, last_key): BHQK, masked entries at the dtype's minimum."""
+    groups = inputs.query.shape[1] // inputs.key.shape[1]
+    key = repeat_kv(inputs.key[:, :, first_key:last_key], groups)
+    scores = torch.matmul(inputs.query[:, :, start:stop] * inputs.scaling, key.transpose(-1, -2))
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    if inputs.mask is None:
+        allowed = torch.ones(stop - start, last_key - first_key, dtype=torch.bool, device=scores.device)
+        allowed = allowed.tril(start - first_key)
+    elif inputs.mask.dtype == torch.bool:
+        allowed = inputs.mask[:, :, start:stop, first_key:last_key]
+    else:
+        return scores + inputs.mask[:, :, start:stop, first_key:last_key]
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+
+
+def attend_in_blocks(inputs: AttentionInputs, value: torch.Tensor) -> torch.Tensor:
+    """Softmax attention BHTD from plain operations, memory linear in T for a fixed block. value: BGTD."""
+    length = inputs.query.shape[2]
+    value = repeat_kv(value, inputs.query.shape[1] // value.shape[1])
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        scores = attention_scores(inputs, start, stop, 0, stop)  # causal: keys after the block are never seen
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        blocks.append(torch.matmul(probabilities.to(value.dtype), value[:, :, :stop]))
+    return torch.cat(blocks, dim=2)
+
+
+def _has_tangent(*tensors: torch.Tensor) -> bool:
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface. Returns (BTHD, None)."""
+    for unsupported in ("s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise UserError(f"{type(module).__name__} uses {unsupported} in attention, which is not supported yet")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = AttentionInputs(query, key, attention_mask, scale, softcap)
+    record = _recording.get()
+    if record is not None and module.layer_idx in record.layers:
+        record.inputs[module.layer_idx] = inputs
+    if softcap is not None or (_differentiable.get() and _has_tangent(query, key, value)):
+        return attend_in_blocks(inputs, value).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def banded_average(inputs: AttentionInputs, delta: torch.Tensor, window: int) -> torch.Tensor:
+    """abar[p] = sum over 0 < k - p <= window of A[k, p] delta[k], A averaged over heads (Eq. 9): BT(d_out).
+
+    delta: BT(d_out). Memory grows with T x (query block), never with T x T.
+    """
+    length = delta.shape[1]
+    result = torch.zeros_like(delta)
+    if window == 0:
+        return result
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = max(0, start - window)
+        scores = attention_scores(inputs, start, stop, 0, stop)  # BHQK
+        normalizer = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1, keepdim=True)
+        band = torch.exp(scores[..., first:] - normalizer).mean(1)  # BQK, float32
+        query = torch.arange(start, stop, device=delta.device)[:, None]
+        distance = query - torch.arange(first, stop, device=delta.device)[None]
+        band = band.masked_fill((distance <= 0) | (distance > window), 0.0).to(delta.dtype)
+        result[:, first:stop] += torch.matmul(band.transpose(1, 2), delta[:, start:stop])
+    return result

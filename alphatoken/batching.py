@@ -1,0 +1,73 @@
+"""Rows to padded batches under a token budget.
+
+B rows, T positions (padded to the longest row of the batch), N response tokens of the batch in row-major order.
+Padding is on the right, where causal attention never looks, so no attention mask is needed and no value changes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One padded batch. A response token at position 0 has nothing to be predicted from and must not occur."""
+
+    input_ids: torch.Tensor  # BT int64, padded on the right with 0
+    response_mask: torch.Tensor  # BT bool, false on padding
+    row_ids: torch.Tensor  # B int64
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.response_mask.to(device), self.row_ids)
+
+    @property
+    def predicting(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row index N, position index N) of the positions that predict a response token: label index - 1."""
+        rows, labels = self.response_mask[:, 1:].nonzero(as_tuple=True)
+        return rows, labels
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """N int64: the response tokens themselves."""
+        return self.input_ids[:, 1:][self.response_mask[:, 1:]]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_mask[:, 1:].sum())
+
+    def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
+        """N values in row-major order to one tensor per row (length: its response tokens)."""
+        return list(per_token.split(self.response_mask[:, 1:].sum(1).tolist()))
+
+
+def make_batch(
+    input_ids: Sequence[Sequence[int]], response_masks: Sequence[Sequence[bool]], row_ids: Sequence[int] | None = None
+) -> Batch:
+    """Rows of unequal length to one right-padded batch."""
+    lengths = [len(row) for row in input_ids]
+    shape = (len(lengths), max(lengths))
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    for b, (row, row_mask) in enumerate(zip(input_ids, response_masks, strict=True)):
+        if len(row) != len(row_mask):
+            raise ValueError(f"row {b} has {len(row)} input_ids but {len(row_mask)} response_mask entries")
+        ids[b, : len(row)] = torch.as_tensor(np.asarray(row, dtype=np.int64))
+        mask[b, : len(row)] = torch.as_tensor(np.asarray(row_mask, dtype=bool))
+    mask[:, 0] = False
+    numbers = list(range(len(lengths))) if row_ids is None else list(row_ids)
+    return Batch(ids, mask, torch.as_tensor(numbers, dtype=torch.int64))
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Row indices of each batch: rows sorted by length, longest row x rows <= batch_tokens (one row may exceed it)."""
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        longest = max(longest, lengths[index])
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

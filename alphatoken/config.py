@@ -1,0 +1,191 @@
+"""What a run can be told: one typed class per stage, the same from Python, YAML and the command line.
+
+Field descriptions are the command line's help texts. Unknown names and values outside their range are errors.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+PARAMETERS_PATTERN = re.compile(r"^(last-layers:[1-9][0-9]*|all-linear|all)$")
+
+Dtype = Literal["float32", "bfloat16"]
+EstimatorName = Literal["exact", "value_propagation", "loss", "entropy", "excess_loss", "random"]
+Scope = Literal["sequence", "dataset"]
+Normalization = Literal["token", "sequence"]
+
+
+def _check_parameters(value: str | None) -> str | None:
+    if value is not None and not PARAMETERS_PATTERN.match(value):
+        raise ValueError(f"{value!r} is not last-layers:K, all-linear or all")
+    return value
+
+
+Parameters = Annotated[str, Field(description="what is scored: last-layers:K, all-linear or all")]
+
+
+class StageConfig(BaseModel):
+    """Shared by every stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: str = Field(description="folder or file to write, a local path or a URI")
+    overwrite: bool = Field(False, description="replace what a different earlier run left in the output folder")
+
+
+class DataOptions(BaseModel):
+    """How input rows become tokens."""
+
+    columns: dict[str, str] = Field(
+        {}, description="rename input columns, as wanted=given: prompt=question completion=answer"
+    )
+    max_length: int = Field(2048, ge=2, description="longest row in tokens")
+    too_long: Literal["truncate", "quarantine"] = Field(
+        "truncate", description="what happens to longer rows; truncated ones are counted"
+    )
+
+
+class ModelOptions(BaseModel):
+    """How the model is loaded and run."""
+
+    model: str = Field(description=f"folder or hub name of a causal LM, or {EMBEDDED_MODEL} (embedded)")
+    dtype: Dtype | Literal["auto"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    batch_tokens: int = Field(4096, ge=16, description="computed positions per batch, padding included")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+
+class FisherConfig(StageConfig, DataOptions, ModelOptions):
+    """The diagonal Fisher of the reference model (Eq. 5)."""
+
+    prompts: list[str] = Field(min_length=1, description="files with prompts, in any format that score reads")
+    parameters: Parameters = "all-linear"
+    num_prompts: int = Field(1000, ge=1, description="prompts used, from the start of the files")
+    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are cut at their start")
+    max_new_tokens: int = Field(128, ge=1, description="tokens sampled per prompt")
+    seed: int = 0
+
+    _parameters = field_validator("parameters")(_check_parameters)
+
+
+class DirectionOptions(BaseModel):
+    """How validation rows become a direction."""
+
+    normalization: Normalization = Field(
+        "token", description="token: mean over response tokens (the paper); sequence: mean of unit gradients per row"
+    )
+    positions: Literal["all", "response"] | None = Field(
+        None,
+        description="positions whose use of the weights counts: all (the gradient) or response (the paper's mean over "
+        "validation tokens); default all, for value_propagation response",
+    )
+    class_weights: dict[str, float] = Field(
+        {}, description="weight of a token class in the validation loss, as class=weight: end-of-turn=0"
+    )
+    preconditioner: Literal["none", "adam"] = Field(
+        "none", description="adam: divide by the root of the second moments of training gradients"
+    )
+    preconditioner_data: list[str] = Field(
+        [], description="training files for the second moments; score uses its own --data"
+    )
+    preconditioner_batches: int = Field(16, ge=1, description="training batches behind the second moments")
+    preconditioner_rows: int = Field(8, ge=1, description="rows per such batch")
+
+
+class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
+    """The validation direction G."""
+
+    validation: list[str] = Field(min_length=1, description="validation files of the target task")
+    parameters: Parameters = "all-linear"
+
+    _parameters = field_validator("parameters")(_check_parameters)
+
+
+class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
+    """Adaptation and stability of every response token."""
+
+    data: list[str] = Field(min_length=1, description="files to score: JSONL (.gz), Parquet, a datasets name or folder")
+    validation: list[str] = Field([], description="validation files of the target task; or give --direction")
+    direction: str | None = Field(None, description="file that `alphatoken direction` wrote")
+    reference_model: str | None = Field(None, description="model before training: for stability and excess_loss")
+    fisher: str | None = Field(None, description="file that `alphatoken fisher` wrote")
+    estimator: EstimatorName = "exact"
+    method: Literal["auto", "forward", "central"] = Field(
+        "auto", description="exact: forward-mode AD or central difference; auto chooses by dtype and cost"
+    )
+    parameters: str | None = Field(
+        None, description="what is scored; default: the direction's, else all-linear (value_propagation: last-layers:3)"
+    )
+    window: int = Field(32, ge=0, description="value_propagation: causal window in tokens")
+    terms: bool = Field(False, description="value_propagation: also write the paper's four terms")
+    keep_columns: list[str] = Field([], description="input columns to carry into the output")
+    num_actors: str = Field("1", pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$", description="N, or MIN:MAX to autoscale")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of each actor; 0 scores on CPUs")
+    cpus_per_actor: float = Field(1, gt=0, description="logical CPUs that each actor reserves")
+    shard_tokens: int | None = Field(None, ge=1, description="about this many tokens per output shard; default by size")
+    seed: int = Field(0, description="estimator random")
+
+    _parameters = field_validator("parameters")(_check_parameters)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ScoreConfig":
+        if self.estimator in ("exact", "value_propagation"):
+            if bool(self.validation) == bool(self.direction):
+                raise ValueError("give either --validation FILES or --direction FILE")
+            if bool(self.fisher) != bool(self.reference_model):
+                raise ValueError("stability needs both --fisher and --reference-model; without them leave both out")
+        if self.estimator == "excess_loss" and not self.reference_model:
+            raise ValueError("estimator excess_loss needs --reference-model")
+        if self.terms and self.estimator != "value_propagation":
+            raise ValueError("--terms needs --estimator value_propagation: only it has the paper's four terms")
+        if self.estimator == "value_propagation" and self.parameters == "all":
+            raise ValueError("value_propagation is defined on linear weights: use last-layers:K or all-linear")
+        low, _, high = self.num_actors.partition(":")
+        if high and int(high) < int(low):
+            raise ValueError(f"--num-actors {self.num_actors}: the maximum is below the minimum")
+        return self
+
+    @property
+    def actor_range(self) -> tuple[int, int]:
+        """(minimum, maximum) number of scoring actors."""
+        low, _, high = self.num_actors.partition(":")
+        return int(low), int(high or low)
+
+
+class MaskConfig(StageConfig):
+    """Which scored tokens are kept. Needs no model and no GPU."""
+
+    input: str = Field(description="folder that `alphatoken score` wrote")
+    preset: Literal["paper"] | None = Field(None, description="paper: keep-fraction 0.5, stability-weight 1.5")
+    keep_fraction: float = Field(0.8, gt=0, le=1, description="share of response tokens to keep (the paper's rho)")
+    scope: Scope = Field("sequence", description="one threshold per response, or one for the whole data set")
+    min_value: float | None = Field(None, description="also drop tokens with a value below this")
+    drop_sequences: float = Field(0.0, ge=0, lt=1, description="first drop this share of rows, the lowest by mean value")
+    protect: list[str] = Field([], description="token classes that are always kept, such as end-of-turn")
+    stability_weight: float = Field(1.5, ge=0, description="the paper's lambda")
+    weights: bool = Field(False, description="also write soft weights: 1 where kept, by rank below 1 elsewhere")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: dict) -> dict:
+        """A preset fills what was not given; what was given wins."""
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            return {"keep_fraction": 0.5, "stability_weight": 1.5} | values
+        return values
+
+
+class DemoConfig(BaseModel):
+    """The main job on the embedded model and data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: str = Field("runs/demo", description="folder for what the demo writes")
+    rows: int = Field(96, ge=1, description="rows of the embedded data set to score")
+    overwrite: bool = Field(False, description="start again instead of resuming")
+
+
+def embedded_data() -> Path:
+    """Folder of the data set that ships with the package."""
+    return Path(__file__).parent / "demo_data"

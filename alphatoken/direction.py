@@ -1,0 +1,184 @@
+"""The validation direction G and the Fisher-drift D: the tangents that values are measured along.
+
+    G = sum_v w_v grad l_v / sum_v w_v        normalization "token" (the paper, with w = 1)
+    G = mean over rows of g / |g|, g = sum_v w_v grad l_v of the row        normalization "sequence"
+    D = F * (W - W_ref)                       Eq. 10
+    preconditioner "adam": both are divided by sqrt(v) + eps, v the second moments of training gradients
+
+`positions="all"` is the gradient itself. `positions="response"` sums delta_p h_p^T over response positions only,
+which is the paper's mean over validation tokens (Eq. 8); the two differ in what prompt positions contribute.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from alphatoken.architecture import ScoredLinear, scored_linears, scored_parameters
+from alphatoken.batching import Batch
+from alphatoken.capture import capture
+from alphatoken.contraction import outer_sum
+from alphatoken.errors import UserError
+from alphatoken.model import ScoringModel
+
+logger = logging.getLogger(__name__)
+
+ADAM_EPS = 1e-8
+
+Tensors = dict[str, torch.Tensor]  # parameter name -> float32 tensor in the parameter's stored shape
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """How a set of rows becomes one direction."""
+
+    parameters: str = "all-linear"
+    normalization: str = "token"  # token | sequence
+    positions: str = "all"  # all | response
+    class_weights: torch.Tensor | None = None  # V float32: weight of each token id in the validation loss
+
+
+@dataclass(frozen=True)
+class MeanGradient:
+    """A direction and what stands behind it."""
+
+    tensors: Tensors
+    num_rows: int
+    num_tokens: int
+
+
+def mean_gradient(scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions) -> MeanGradient:
+    """The direction of `batches` (one row per batch where normalization is "sequence").
+
+    Raises:
+        UserError: no validation token has weight, or `positions` does not fit `parameters`.
+    """
+    if options.parameters == "all" and options.positions == "response":
+        raise UserError("--positions response is defined for linear weights; use last-layers:K or all-linear")
+    total: Tensors = {}
+    weight_sum, num_rows, num_tokens = 0.0, 0, 0
+    for batch in batches:
+        gradient, weight = batch_gradient(scoring, batch, options)
+        if options.normalization == "sequence":
+            assert batch.input_ids.shape[0] == 1, "per-sequence normalisation needs one row per batch"
+            length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
+            if not weight or not length:
+                continue
+            gradient, weight = {name: g / length for name, g in gradient.items()}, 1.0
+        add_into(total, gradient)
+        weight_sum += weight
+        num_rows += batch.input_ids.shape[0]
+        num_tokens += batch.num_response_tokens
+    if not weight_sum:
+        raise UserError("no validation token has a weight above zero, so there is no direction; check --class-weights")
+    return MeanGradient({name: tensor / weight_sum for name, tensor in total.items()}, num_rows, num_tokens)
+
+
+def batch_gradient(scoring: ScoringModel, batch: Batch, options: GradientOptions) -> tuple[Tensors, float]:
+    """(gradient of the weighted sum of losses by parameter name, sum of the weights)."""
+    weights = None
+    weight_sum = float(batch.num_response_tokens)
+    if options.class_weights is not None:
+        weights = options.class_weights.to(batch.input_ids.device)[batch.targets]
+        weight_sum = float(weights.sum())
+    if options.parameters == "all":
+        return _gradient_of_all(scoring, batch, weights), weight_sum
+    linears = scored_linears(scoring.model, options.parameters)
+    return _gradient_of_linears(scoring, batch, linears, weights, options.positions), weight_sum
+
+
+def _gradient_of_linears(
+    scoring: ScoringModel, batch: Batch, linears: list[ScoredLinear], weights: torch.Tensor | None, positions: str
+) -> Tensors:
+    captured = capture(scoring, batch, linears, token_weights=weights)
+    where = batch.predicting if positions == "response" else (slice(None), slice(None))
+    result = {}
+    for linear in linears:
+        delta, h = captured.deltas[linear.name][where], captured.inputs[linear.name][where]
+        gradient = outer_sum(delta.reshape(-1, delta.shape[-1]), h.reshape(-1, h.shape[-1]))
+        result[linear.name] = linear.to_native(gradient)
+    return result
+
+
+def _gradient_of_all(scoring: ScoringModel, batch: Batch, weights: torch.Tensor | None) -> Tensors:
+    """Every parameter: the head's gradient by chunks, the rest by autograd from the final hidden states."""
+    parameters = scored_parameters(scoring.model, "all")
+    head_names = {id(p): name for name, p in parameters.items()}
+    projection = scoring.head.projection
+    if projection.bias is not None:
+        raise UserError("--parameters all does not support an output head with a bias; use all-linear")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            predicting = hidden[batch.predicting]
+        head_gradient = torch.zeros_like(projection.weight, dtype=torch.promote_types(scoring.dtype, torch.float32))
+        head = scoring.head(
+            predicting.detach(),
+            batch.targets,
+            gradient=True,
+            weight_gradient=head_gradient,
+            token_weights=weights,
+        )
+        upstream = head.hidden_gradient if weights is None else head.hidden_gradient * weights[:, None].to(hidden.dtype)
+        gradients = torch.autograd.grad(predicting, list(parameters.values()), upstream, allow_unused=True)
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+    wide = head_gradient.dtype
+    result = {
+        name: torch.zeros_like(p, dtype=wide) if g is None else g.to(wide)
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }
+    result[head_names[id(projection.weight)]] += head_gradient
+    return result
+
+
+def second_moments(scoring: ScoringModel, batches: Iterable[Batch], parameters: str) -> Tensors:
+    """Mean over training batches of the squared gradient of the batch's mean loss: what AdamW's v averages."""
+    total: Tensors = {}
+    count = 0
+    options = GradientOptions(parameters=parameters)
+    for batch in batches:
+        gradient, weight = batch_gradient(scoring, batch, options)
+        add_into(total, {name: (g / max(weight, 1.0)).square() for name, g in gradient.items()})
+        count += 1
+    if not count:
+        raise UserError("the AdamW preconditioner needs at least one training row; check --preconditioner-data")
+    return {name: tensor / count for name, tensor in total.items()}
+
+
+def adam_scale(moments: Tensors, eps: float = ADAM_EPS) -> Tensors:
+    """1 / (sqrt(v) + eps): what AdamW multiplies a gradient by.
+
+    A weight without any gradient in the sample (v = 0) would get 1 / eps, so v is floored at a millionth of the mean
+    over its tensor.
+    """
+    return {name: 1.0 / (torch.sqrt(v.clamp_min(1e-6 * float(v.mean()))) + eps) for name, v in moments.items()}
+
+
+def drift(scoring: ScoringModel, reference: Tensors, fisher: Tensors) -> Tensors:
+    """D = F * (W - W_ref), Eq. 10. `reference` and `fisher` hold the scored weights by name.
+
+    Raises:
+        UserError: a scored weight is missing from either, or has another shape.
+    """
+    result = {}
+    parameters = dict(scoring.model.named_parameters())
+    for name, importance in fisher.items():
+        if name not in reference or reference[name].shape != parameters[name].shape:
+            raise UserError(f"the reference model has no weight {name} of shape {tuple(parameters[name].shape)}")
+        moved = parameters[name].detach().float() - reference[name].to(parameters[name].device).float()
+        result[name] = importance.to(moved.device) * moved
+    return result
+
+
+def add_into(total: Tensors, more: Tensors) -> None:
+    """total += more, in place."""
+    for name, tensor in more.items():
+        if name in total:
+            total[name] += tensor
+        else:
+            total[name] = tensor.clone()

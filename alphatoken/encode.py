@@ -1,0 +1,272 @@
+"""From a row of user data to token ids and the mask of its response.
+
+Formats, after renaming by `DataOptions.columns`:
+- tokens: `input_ids` with `response_mask` or `labels` (input_ids or -100, not shifted);
+- messages: `messages`, every assistant turn is response;
+- prompt_completion: `prompt` and `completion`, both text (prompt and completion verbatim, then EOS, as TRL's
+  SFTTrainer does) or both messages (assistant turns of the completion are response);
+- alpaca: `instruction`, `input` (optional), `output` or `response`.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from typing import Any
+
+from alphatoken.chat import ChatRenderer, Span, check_messages
+from alphatoken.config import DataOptions
+from alphatoken.errors import BadRowError, UserError
+from alphatoken.schema import IGNORE_INDEX
+from alphatoken.sources import ReadUnit, first_row
+
+# Where several fit, the first that uses a renamed column, else the first.
+FORMATS: dict[str, tuple[frozenset[str], ...]] = {
+    "tokens": (frozenset({"input_ids", "response_mask"}), frozenset({"input_ids", "labels"})),
+    "messages": (frozenset({"messages"}),),
+    "prompt_completion": (frozenset({"prompt", "completion"}),),
+    "alpaca": (frozenset({"instruction", "output"}), frozenset({"instruction", "response"})),
+}
+ACCEPTED = (
+    "messages; prompt + completion; instruction (+ input) + output or response; input_ids + response_mask or labels"
+)
+COLUMNS = frozenset({"id", "input"}).union(*(columns for fits in FORMATS.values() for columns in fits))
+
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """input_ids, response_mask: (T,) each. truncated: whether the row was cut at max_length."""
+
+    input_ids: list[int]
+    response_mask: list[bool]
+    truncated: bool
+
+
+class Encoder:
+    """Encodes rows for one tokenizer. Raises UserError for a tokenizer that cannot be used."""
+
+    def __init__(self, tokenizer: Any, options: DataOptions, vocab_size: int) -> None:
+        _check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.options = options
+        self.vocab_size = vocab_size
+
+    def encode(self, row: dict) -> Encoded:
+        """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        row = rename_columns(row, self.options.columns)
+        try:
+            name = detect_format(set(row), self.options.columns)
+        except UserError as error:
+            raise BadRowError(str(error)) from error
+        encode = {
+            "tokens": self._encode_tokens,
+            "messages": self._encode_messages,
+            "prompt_completion": self._encode_prompt_completion,
+            "alpaca": self._encode_alpaca,
+        }[name]
+        input_ids, mask = encode(row)
+        _check_ids(input_ids, self.vocab_size)
+        _check_mask(mask)
+        return self._fit(input_ids, mask)
+
+    @cached_property
+    def _chat(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer)
+
+    def _encode_messages(self, row: dict) -> tuple[list[int], list[bool]]:
+        _check_no_tools(row)
+        return self._encode_chat(check_messages(row["messages"], "messages"), 0)
+
+    def _encode_prompt_completion(self, row: dict) -> tuple[list[int], list[bool]]:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) or isinstance(completion, str):
+            return self._encode_text(_text(row, "prompt"), _text(row, "completion"))
+        _check_no_tools(row)
+        messages = check_messages(prompt, "prompt")
+        return self._encode_chat(messages + check_messages(completion, "completion"), len(messages))
+
+    def _encode_alpaca(self, row: dict) -> tuple[list[int], list[bool]]:
+        instruction = _text(row, "instruction")
+        response = _text(row, "output" if "output" in row else "response")
+        extra = _text(row, "input") if row.get("input") is not None else ""
+        if self.tokenizer.chat_template:
+            user = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
+            messages = [user, {"role": "assistant", "content": response}]
+            return self._encode_chat(check_messages(messages, "messages"), 1)
+        prompt = ALPACA_PROMPT_WITH_INPUT if extra else ALPACA_PROMPT
+        return self._encode_text(prompt.format(instruction=instruction, input=extra), response)
+
+    def _encode_tokens(self, row: dict) -> tuple[list[int], list[bool]]:
+        input_ids = _integers(row, "input_ids")
+        column = "response_mask" if "response_mask" in row else "labels"
+        values = _integers(row, column)
+        if len(values) != len(input_ids):
+            raise BadRowError(f"input_ids has {len(input_ids)} entries, {column} has {len(values)}")
+        if column == "response_mask":
+            if not set(values) <= {0, 1}:
+                raise BadRowError("response_mask has other values than true and false")
+            return input_ids, [bool(value) for value in values]
+        for position, (label, token_id) in enumerate(zip(values, input_ids, strict=True)):
+            if label not in (token_id, IGNORE_INDEX):
+                raise BadRowError(
+                    f"labels[{position}] is {label}, but labels must be input_ids or {IGNORE_INDEX} at the same "
+                    "position: labels shifted by one are not accepted"
+                )
+        return input_ids, [label != IGNORE_INDEX for label in values]
+
+    def _encode_chat(self, messages: list[dict], first_response: int) -> tuple[list[int], list[bool]]:
+        rendered = self._chat.render_responses(messages, first_response)
+        encoding = self.tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        return encoding["input_ids"], _mask_spans(rendered.text, encoding["offset_mapping"], rendered.spans)
+
+    def _encode_text(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        """The response begins where the tokens of prompt and prompt + completion diverge, as in TRL."""
+        if not completion.strip():
+            raise BadRowError("the response is empty")
+        eos = self.tokenizer.eos_token or ""
+        text = prompt + completion + ("" if completion.endswith(eos) else eos)
+        prompt_ids = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        input_ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        start = len(commonprefix([prompt_ids, input_ids]))
+        return input_ids, [position >= start for position in range(len(input_ids))]
+
+    def _fit(self, input_ids: list[int], mask: list[bool]) -> Encoded:
+        length, longest = len(input_ids), self.options.max_length
+        if length <= longest:
+            return Encoded(input_ids, mask, False)
+        if self.options.too_long == "quarantine":
+            raise BadRowError(f"the row has {length} tokens, more than max_length {longest}")
+        if not any(mask[:longest]):
+            raise BadRowError(
+                f"the response starts at token {mask.index(True)} of {length}, beyond max_length {longest}: "
+                "nothing of it is left after truncation"
+            )
+        return Encoded(input_ids[:longest], mask[:longest], True)
+
+
+def detect_format(columns: set[str], renamed: Collection[str] = ()) -> str:
+    """The name in FORMATS that fits the columns; `renamed`: columns that the user chose explicitly, which decide
+    where several formats fit. Raises UserError.
+    """
+    fitting = {name: fit for name, fits in FORMATS.items() for fit in reversed(fits) if fit <= columns}
+    if not fitting:
+        found = ", ".join(sorted(columns)) or "none"
+        raise UserError(f"The columns do not form a known format: found {found}; accepted are {ACCEPTED}.")
+    return max(fitting, key=lambda name: len(fitting[name] & set(renamed)))
+
+
+def rename_columns(row: dict, columns: dict[str, str]) -> dict:
+    """The row with the columns given by the user under the wanted names."""
+    if not columns:
+        return row
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return rest | {wanted: row[given] for wanted, given in columns.items() if given in row}
+
+
+def check_source(units: Iterable[ReadUnit], options: DataOptions, tokenizer: Any) -> None:
+    """Checks that need no model: the tokenizer, the format of each file's first row, and the chat template where
+    that row needs one. Raises UserError.
+    """
+    _check_tokenizer(tokenizer)
+    unknown = sorted(set(options.columns) - COLUMNS)
+    if unknown:
+        known = ", ".join(sorted(COLUMNS))
+        raise UserError(f"--columns {', '.join(unknown)}: no such column to fill; known are {known}.")
+    first_units = {unit.file_index: unit for unit in reversed(list(units))}
+    for _, unit in sorted(first_units.items()):
+        row = first_row(unit)
+        missing = sorted(set(options.columns.values()) - set(row))
+        if missing:
+            raise UserError(
+                f"{unit.path} has no column {', '.join(missing)} that --columns names: it has {', '.join(row)}."
+            )
+        row = rename_columns(row, options.columns)
+        try:
+            name = detect_format(set(row), options.columns)
+        except UserError as error:
+            raise UserError(f"{unit.path}: {error}") from error
+        if name == "messages" or (name == "prompt_completion" and isinstance(row["completion"], list | dict)):
+            ChatRenderer(tokenizer)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path} has no fast version, which locating the response needs: "
+            "convert it to a tokenizer.json."
+        )
+
+
+def _check_no_tools(row: dict) -> None:
+    if row.get("tools") not in (None, "", "[]", []):
+        raise BadRowError("the row has tools, which are not supported")
+
+
+def _text(row: dict, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRowError(f"{column} is {_type_name(value)}, not text")
+    return value
+
+
+def _integers(row: dict, column: str) -> list[int]:
+    value = row[column]
+    value = value.tolist() if hasattr(value, "tolist") else value  # Ray hands out numpy arrays
+    if not isinstance(value, list | tuple):
+        raise BadRowError(f"{column} is {_type_name(value)}, not a list of whole numbers")
+    if not all(isinstance(item, int) for item in value):
+        raise BadRowError(f"{column} has entries that are not whole numbers")
+    return list(value)
+
+
+def _type_name(value: Any) -> str:
+    return "missing (null)" if value is None else f"a {type(value).__name__}"
+
+
+def _check_ids(input_ids: list[int], vocab_size: int) -> None:
+    if not input_ids:
+        raise BadRowError("the row has no tokens")
+    for token_id in (min(input_ids), max(input_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise BadRowError(f"token id {token_id} is not in the model's vocabulary of {vocab_size}")
+
+
+def _check_mask(mask: list[bool]) -> None:
+    if not any(mask):
+        raise BadRowError("the response is empty: no token belongs to it")
+    if mask[0]:
+        what = "every token is" if all(mask) else "the first token is"
+        raise BadRowError(f"{what} response: nothing precedes the first token, so there is nothing to predict it from")
+
+
+def _mask_spans(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
+    """(T,) whether a token starts inside a span. Leading blanks of a token do not count: in 'Answer: yes' the token
+    ' yes' may begin with the prompt's last blank.
+    """
+    mask = []
+    previous_stop = 0
+    remaining = iter(spans)
+    span = next(remaining, (len(text), len(text)))
+    for start, stop in offsets:
+        if start == stop:  # some tokenizers trim blanks from offsets: this token is all blank
+            start = previous_stop
+        token = text[start:stop]
+        if not token.isspace():
+            start += len(token) - len(token.lstrip())
+        while start >= span[1] and span[1] < len(text):
+            span = next(remaining, (len(text), len(text)))
+        mask.append(span[0] <= start < span[1])
+        previous_stop = max(previous_stop, stop)
+    return mask

@@ -1,0 +1,225 @@
+"""The exact estimator: <grad l_t, M> of every response token at once, without a backward pass on training rows.
+
+    forward   forward-mode AD: weights carry the tangent M, one forward pass gives every l_t and its derivative
+    central   (l_t(W + eps M) - l_t(W - eps M)) / (2 eps): two plain forward passes, any kernel; float32 and wider
+
+Only layers from the first scored one on pay: the trunk below has no tangent (forward) or is shared (central).
+Adaptation is along the direction, stability along the drift. M may be any direction in any set of weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from alphatoken.architecture import decoder_layers, first_scored_layer
+from alphatoken.attention import differentiable
+from alphatoken.batching import Batch
+from alphatoken.direction import Tensors
+from alphatoken.errors import UserError
+from alphatoken.model import ScoringModel
+from alphatoken.values import TokenValues
+
+# Size of the central step as a share of the weights' norm: the derivative's error is then below 1e-2 in float32
+# (truncation grows with the step's square, rounding with its inverse).
+RELATIVE_STEP = 1e-3
+
+
+def choose_method(method: str, dtype: torch.dtype, parameters: str, num_layers: int) -> str:
+    """auto: central difference where it is precise enough and cheaper, else forward mode.
+
+    Forward mode costs about three passes of the scored layers, central difference two and a second head. bfloat16
+    rounds a small step away.
+
+    Raises:
+        UserError: central difference in bfloat16.
+    """
+    if method == "central" and dtype not in (torch.float32, torch.float64):
+        raise UserError("--method central needs --dtype float32: bfloat16 rounds the step away; use --method forward")
+    if method != "auto":
+        return method
+    if dtype != torch.float32:
+        return "forward"
+    scored = int(parameters.partition(":")[2]) if parameters.startswith("last-layers:") else num_layers
+    return "central" if scored > num_layers // 2 else "forward"
+
+
+class Exact:
+    """Exact values along `direction` and, where given, `drift` (both by parameter name)."""
+
+    def __init__(
+        self,
+        scoring: ScoringModel,
+        parameters: str,
+        direction: Tensors,
+        drift: Tensors | None = None,
+        method: str = "auto",
+    ) -> None:
+        self.scoring = scoring
+        self.layers = decoder_layers(scoring.model)
+        self.first_layer = None if parameters == "all" else first_scored_layer(scoring.model, parameters)
+        self.method = choose_method(method, scoring.dtype, parameters, len(self.layers))
+        self.directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
+        if self.method == "forward":
+            self.tangents = {name: self._tangent(tensors) for name, tensors in self.directions.items()}
+        else:
+            self.steps = {name: self._perturbed(tensors) for name, tensors in self.directions.items()}
+        self.directions = {}  # float32 copies are not needed any more
+
+    def __call__(self, batch: Batch) -> TokenValues:
+        run = self._forward_mode if self.method == "forward" else self._central
+        values, logprobs = run(batch)
+        stability = values.get("stability", torch.zeros_like(logprobs))
+        return TokenValues(values["adaptation"], stability, logprobs)
+
+    def _tangent(self, tensors: Tensors) -> Tensors:
+        return {name: tensor.to(self.scoring.device, self.scoring.dtype) for name, tensor in tensors.items()}
+
+    # forward mode
+
+    @torch.no_grad()
+    def _forward_mode(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
+        for name, tangents in self.tangents.items():
+            with forward_ad.dual_level(), dual_weights(self.scoring.model, tangents), differentiable(), trunk:
+                hidden = self.scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                predicting = forward_ad.unpack_dual(hidden[batch.predicting])
+                primal, tangent = predicting.primal.clone(), predicting.tangent
+                tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
+            values[name], losses = self._loss_tangent(primal, tangent, batch.targets, tangents)
+            logprobs = -losses
+        return values, logprobs
+
+    def _loss_tangent(
+        self, primal: torch.Tensor, tangent: torch.Tensor, targets: torch.Tensor, tangents: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dl/dh . h', and the head's own part where the head's weight is scored: (N, losses N)."""
+        projection = self.scoring.head.projection
+        weight = tangent_of(self.scoring.model, projection.weight, tangents)
+        bias = tangent_of(self.scoring.model, projection.bias, tangents)
+        if weight is None and bias is not None:
+            weight = torch.zeros_like(projection.weight)
+        head_tangents = None if weight is None else (weight, bias)
+        head = self.scoring.head(primal, targets, gradient=True, tangents=head_tangents)
+        value = (head.hidden_gradient * tangent).sum(-1, dtype=head.losses.dtype)
+        if head.weight_tangent is not None:
+            value = value + head.weight_tangent
+        return value, head.losses
+
+    # central difference
+
+    def _perturbed(self, tensors: Tensors) -> tuple[Tensors, Tensors, float]:
+        """(W + eps M, W - eps M, eps). The step is a fixed share of the weights' norm, so it depends on no batch."""
+        parameters = dict(self.scoring.model.named_parameters())
+        weights_norm = _norm(parameters[name].detach() for name in tensors)
+        direction_norm = _norm(tensors.values())
+        if direction_norm == 0:  # the drift at the reference checkpoint itself: no step, value zero
+            return {}, {}, 1.0
+        eps = RELATIVE_STEP * weights_norm / direction_norm
+        plus, minus = {}, {}
+        for name, tensor in tensors.items():
+            weight = parameters[name].detach()
+            step = eps * tensor.to(weight.device, weight.dtype)
+            plus[name], minus[name] = weight + step, weight - step
+        return plus, minus, eps
+
+    @torch.no_grad()
+    def _central(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
+        for name, (plus, minus, eps) in self.steps.items():
+            above = self._losses(batch, plus, trunk)
+            below = above if not minus else self._losses(batch, minus, trunk)
+            values[name] = (above - below) / (2 * eps)
+            if logprobs is None:  # the mean of both sides: off by eps^2 l'' / 2 (see the test of its size)
+                logprobs = -(above + below) / 2
+        return values, logprobs
+
+    def _losses(self, batch: Batch, weights: Tensors, trunk: "Trunk") -> torch.Tensor:
+        with swapped_weights(self.scoring.model, weights), trunk:
+            hidden = self.scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            return self.scoring.head(hidden[batch.predicting], batch.targets).losses
+
+
+class Trunk:
+    """Shares the layers below the first scored one between the forward passes of a batch.
+
+    The first pass keeps the hidden states that enter layer `first_layer`. In later passes the layers below return
+    their input at once and that layer gets the kept states; the model's own forward makes masks and positions.
+    """
+
+    def __init__(self, layers: nn.ModuleList, first_layer: int | None) -> None:
+        self.layers, self.first_layer = layers, first_layer or 0
+        self.hidden: torch.Tensor | None = None
+        self._undo: list = []
+
+    def __enter__(self) -> "Trunk":
+        if self.first_layer:
+            hook = self.layers[self.first_layer].register_forward_pre_hook(self._enter_suffix, with_kwargs=True)
+            self._undo.append(hook.remove)
+            if self.hidden is not None:
+                for layer in self.layers[: self.first_layer]:
+                    layer.forward = _return_input
+                    self._undo.append(lambda layer=layer: layer.__dict__.pop("forward"))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _enter_suffix(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        key = "hidden_states"
+        states = args[0] if args else kwargs[key]
+        if self.hidden is None:
+            self.hidden = states
+        if args:
+            return (self.hidden, *args[1:]), kwargs
+        return args, kwargs | {key: self.hidden}
+
+
+def _return_input(hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    return hidden_states
+
+
+@contextmanager
+def swapped_weights(model: nn.Module, weights: Tensors) -> Iterator[None]:
+    """The named parameters have other values inside."""
+    parameters = dict(model.named_parameters())
+    originals = {name: parameters[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            parameters[name].data = weight
+        yield
+    finally:
+        for name, original in originals.items():
+            parameters[name].data = original
+
+
+@contextmanager
+def dual_weights(model: nn.Module, tangents: Tensors) -> Iterator[None]:
+    """The named parameters carry their tangent inside, in every module that uses them (tied weights too)."""
+    named = dict(model.named_parameters())
+    duals = {id(named[name]): forward_ad.make_dual(named[name].detach(), tangent) for name, tangent in tangents.items()}
+    places = [
+        (module, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in duals
+    ]
+    try:
+        for module, key, parameter in places:
+            module._parameters[key] = duals[id(parameter)]
+        yield
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
+
+
+def tangent_of(model: nn.Module, parameter: nn.Parameter | None, tangents: Tensors) -> torch.Tensor | None:
+    """The tangent of a parameter, found by identity; None where it is not scored."""
+    return next((tangents.get(name) for name, p in model.named_parameters() if p is parameter), None)
+
+
+def _norm(tensors) -> float:
+    return float(torch.sqrt(sum(tensor.double().square().sum() for tensor in tensors)))

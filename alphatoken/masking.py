@@ -1,0 +1,177 @@
+"""One SCORED shard -> one MASKED shard, as Arrow tables; what is kept is decided in selection.py.
+
+R rows, P positions of all rows, N response tokens among them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from alphatoken import schema, selection
+from alphatoken.errors import UserError
+
+TOKEN_COLUMNS = ("input_ids", "adaptation", "stability")
+STAYS, DROPPED, NOT_FINITE, NO_RESPONSE = range(4)  # what becomes of a row
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Everything that masking a shard needs to know."""
+
+    keep_fraction: float
+    stability_weight: float
+    min_value: float | None = None
+    weights: bool = False
+    class_of_token: np.ndarray | None = None  # int8 by token id; None: no class is protected
+    protected_classes: np.ndarray | None = None  # int8
+    drop_up_to: tuple[int, ...] | None = None  # digits of the highest (mean value, row id) that is dropped
+    threshold: float | None = None  # one for the data set; None: one per response
+
+
+@dataclass(frozen=True)
+class MaskedShard:
+    data: pa.Table  # MASKED
+    quarantine: pa.Table  # QUARANTINE
+    counts: dict[str, int]
+
+
+def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
+    """Mask a SCORED shard. `source` names it in the quarantine table and in the UserError for a malformed shard."""
+    states = row_states(table, plan, source)
+    stays = states == STAYS
+    rows = table if stays.all() else table.filter(pa.array(stays))
+
+    offsets, values, response_mask = _values(rows, plan, source)
+    input_ids = flat(rows, "input_ids")
+    response_offsets = selection.compact_offsets(response_mask, offsets)
+    keep = selection.keep_tokens(
+        values[response_mask],
+        response_offsets,
+        plan.keep_fraction,
+        protected=_protected(input_ids[response_mask], plan),
+        threshold=plan.threshold,
+        min_value=plan.min_value,
+    )
+    labels = np.full(len(values), schema.IGNORE_INDEX, dtype=np.int32)
+    labels[response_mask] = np.where(keep, input_ids[response_mask], schema.IGNORE_INDEX)
+    columns = [labels, values]
+    if plan.weights:
+        weights = np.zeros(len(values), dtype=np.float32)
+        weights[response_mask] = selection.soft_weights(values[response_mask], keep, response_offsets)
+        columns.append(weights)
+    for field, column in zip([*schema.MASKED_EXTRA, schema.WEIGHTS], columns, strict=False):
+        rows = rows.append_column(field, _lists(offsets, column, field.type))
+
+    counts = {
+        "rows_in": table.num_rows,
+        "rows_out": rows.num_rows,
+        "rows_quarantined": int((states > DROPPED).sum()),
+        "rows_dropped_sequences": int((states == DROPPED).sum()),
+        "response_tokens": len(keep),
+        "kept_tokens": int(keep.sum()),
+    }
+    return MaskedShard(rows, _quarantine_table(table, states, plan, source), counts)
+
+
+def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
+    """STAYS, DROPPED, NOT_FINITE or NO_RESPONSE for each row, int8 (R,)."""
+    offsets, values, response_mask = _values(table, plan, source)
+    means = row_means(table, plan)
+    states = np.full(table.num_rows, STAYS, dtype=np.int8)
+    if plan.drop_up_to is not None:
+        states[selection.at_most(_row_digits(table, means), plan.drop_up_to)] = DROPPED
+    states[selection.nonfinite_rows(values, offsets) | ~np.isfinite(means)] = NOT_FINITE
+    states[selection.count_per_row(response_mask, offsets) == 0] = NO_RESPONSE
+    return states
+
+
+def row_means(table: pa.Table, plan: MaskPlan) -> np.ndarray:
+    """float32 (R,) mean value over each row's response tokens, of the means that SCORED carries."""
+    adaptation, stability = table["mean_adaptation"].to_numpy(), table["mean_stability"].to_numpy()
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (adaptation + np.float32(plan.stability_weight) * stability).astype(np.float32)
+
+
+ROW_COLUMNS = ["row_id", "num_response_tokens", "mean_adaptation", "mean_stability"]
+
+
+def droppable_digits(table: pa.Table, plan: MaskPlan) -> list[np.ndarray]:
+    """Sort keys (see selection.select_key) of the rows that may be dropped. Needs ROW_COLUMNS."""
+    means = row_means(table, plan)
+    usable = np.isfinite(means) & (table["num_response_tokens"].to_numpy() > 0)
+    return [digit[usable] for digit in _row_digits(table, means)]
+
+
+def value_columns(plan: MaskPlan) -> list[str]:
+    """The columns that `value_digits` needs."""
+    columns = ["row_id", "response_mask", "adaptation", "stability", "mean_adaptation", "mean_stability"]
+    return columns if plan.class_of_token is None else [*columns, "input_ids"]
+
+
+def value_digits(table: pa.Table, plan: MaskPlan, source: str) -> list[np.ndarray]:
+    """Sort keys of the tokens that share the data set's threshold: unprotected, in rows that stay."""
+    table = table.filter(pa.array(row_states(table, plan, source) == STAYS))
+    _, values, response_mask = _values(table, plan, source)
+    values = values[response_mask]
+    if plan.class_of_token is not None:
+        values = values[~_protected(flat(table, "input_ids")[response_mask], plan)]
+    return selection.float_digits(values)
+
+
+def flat(table: pa.Table, name: str) -> np.ndarray:
+    """The values of a list column, one row after the other."""
+    return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _protected(token_ids: np.ndarray, plan: MaskPlan) -> np.ndarray | None:
+    if plan.class_of_token is None:
+        return None
+    return selection.tokens_of_classes(token_ids, plan.class_of_token, plan.protected_classes)
+
+
+def _values(table: pa.Table, plan: MaskPlan, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(offsets (R + 1,), values (P,), response_mask (P,)); UserError where the columns' lengths differ."""
+    offsets = _offsets(table, "response_mask")
+    for name in TOKEN_COLUMNS:
+        if name in table.column_names and not np.array_equal(_offsets(table, name), offsets):
+            raise UserError(f"{source}: {name} and response_mask differ in length; write the folder again with score")
+    response_mask = flat(table, "response_mask")
+    adaptation, stability = flat(table, "adaptation"), flat(table, "stability")
+    return offsets, selection.token_values(adaptation, stability, response_mask, plan.stability_weight), response_mask
+
+
+def _row_digits(table: pa.Table, means: np.ndarray) -> list[np.ndarray]:
+    """Rows order by mean value, ties by row id, so that the number of dropped rows is exact."""
+    return selection.float_digits(means) + selection.id_digits(table["row_id"].to_numpy())
+
+
+def _quarantine_table(table: pa.Table, states: np.ndarray, plan: MaskPlan, source: str) -> pa.Table:
+    positions = np.flatnonzero(states != STAYS)
+    means = row_means(table, plan)[positions]
+    reasons = {
+        DROPPED: "dropped sequence: its mean value {:.6g} is among the lowest",
+        NOT_FINITE: "a value is not finite (mean value {:.6g})",
+        NO_RESPONSE: "no response token",
+    }
+    columns = {
+        "row_id": table["row_id"].to_numpy()[positions],
+        "id": table["id"].take(pa.array(positions)),
+        "source": [source] * len(positions),
+        "position": positions,
+        "stage": ["mask"] * len(positions),
+        "reason": [reasons[int(state)].format(mean) for state, mean in zip(states[positions], means, strict=True)],
+    }
+    return pa.table(columns, schema=schema.QUARANTINE)
+
+
+def _offsets(table: pa.Table, name: str) -> np.ndarray:
+    """Offsets of a list column, int64 (R + 1,), beginning with 0."""
+    if not table.num_rows:
+        return np.zeros(1, dtype=np.int64)
+    offsets = table[name].combine_chunks().offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray, list_type: pa.ListType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values), type=list_type)

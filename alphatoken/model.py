@@ -1,0 +1,112 @@
+"""Loading a model for scoring, and telling one checkpoint from another."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from alphatoken.attention import NAME as ATTENTION
+from alphatoken.embedded import resolve_model
+from alphatoken.errors import UserError
+from alphatoken.head import LossHead, check_head
+
+FINGERPRINT_SAMPLES = 2**16  # elements read per tensor: enough to see any training step, quick on a large model
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A model in eval mode with frozen weights, and its loss head."""
+
+    model: PreTrainedModel
+    head: LossHead
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.projection.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.projection.weight.dtype
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+) -> ScoringModel:
+    """A causal LM from a folder or hub name, ready to score.
+
+    Raises:
+        UserError: it cannot be loaded, or its output head is of an unknown kind.
+    """
+    device = device or default_device()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
+            dtype=resolve_dtype(dtype, device),
+            attn_implementation=ATTENTION,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load model {name!r}: {_first_line(error)}") from error
+    return prepare_model(model.to(device))
+
+
+def prepare_model(model: PreTrainedModel) -> ScoringModel:
+    """Freeze a loaded model, switch dropout off, route its attention through ours and check its head."""
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    head = LossHead(model)
+    check_head(model, head)
+    return ScoringModel(model, head)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The model's configuration, without its weights. Raises UserError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the configuration of model {name!r}: {_first_line(error)}") from error
+
+
+def end_of_turn_ids(model_config, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids with which the model may end its turn."""
+    ids: set[int] = set()
+    for found in (model_config.get_text_config().eos_token_id, tokenizer.eos_token_id):
+        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return ids
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identifies a checkpoint by samples of every weight, rounded to bfloat16: the same in whatever dtype it is loaded."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // FINGERPRINT_SAMPLES)
+        sample = flat[::stride].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,201 @@
+"""Reading one piece of the input as a stream of rows. Bad data never raises: it becomes a `SourceRow` with a reason."""
+
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alphatoken.errors import UserError
+
+ROWS_PER_FILE = 10**9  # row_id = file_index * ROWS_PER_FILE + position
+READ_ROWS = 256  # rows held in memory at once
+MAX_LINE_BYTES = 64 * 2**20
+FIRST_ROWS = 1000  # rows looked at for one that can be read
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+Item = tuple[int, dict | None, str | None]  # (position, data, error); a blank line is (position, None, None)
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """A piece of the input that one task reads in order.
+
+    kind: jsonl (the whole file), parquet (start, stop: row groups), saved (a save_to_disk folder; start, stop: rows) or
+    named (a datasets name; start, stop: rows). path: absolute path, URI or, for data sets, `name:split`.
+    """
+
+    kind: str
+    path: str
+    file_index: int
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One input row, or the reason why it could not be read (then `data` is None).
+
+    position: row number in the file from 0; for JSONL the line number, so blank lines are skipped but counted.
+    """
+
+    row_id: int
+    source: str
+    position: int
+    data: dict | None
+    error: str | None
+
+
+def read_unit(unit: ReadUnit) -> Iterator[SourceRow]:
+    """The rows of a unit in order, in constant memory. Bad rows come with `error`; where the rest of a file cannot be
+    read, one row with `error` says so and reading ends. Raises UserError where the file can no longer be opened.
+    """
+    source = unit.path.removesuffix(":")  # a saved data set without splits
+    for position, data, error in _READERS[unit.kind](unit):
+        if position >= ROWS_PER_FILE:
+            raise UserError(f"{source} has more than {ROWS_PER_FILE} rows: split it into smaller files.")
+        if data is not None or error is not None:
+            yield SourceRow(unit.file_index * ROWS_PER_FILE + position, source, position, data, error)
+
+
+def first_row(unit: ReadUnit) -> dict:
+    """The first row that can be read. Raises UserError where there is none."""
+    reason = None
+    for row in itertools.islice(read_unit(unit), FIRST_ROWS):
+        if row.data is not None:
+            return row.data
+        reason = reason or row.error
+    if reason is None:
+        raise UserError(f"{unit.path} has no rows: remove it from the data files.")
+    raise UserError(f"No row of {unit.path} can be read: check the file. The first problem: {reason}.")
+
+
+def column_names(unit: ReadUnit) -> set[str]:
+    """The columns of the first row that can be read. Raises UserError where there is none."""
+    return set(first_row(unit))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, short enough for one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[IO[bytes]]:
+    """The (decompressed) bytes of a file. Raises UserError where it cannot be opened."""
+    file = fsspec.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)
+    try:
+        stream = file.open()
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {first_line(error)}.") from error
+    try:
+        yield stream
+    finally:
+        file.close()
+
+
+@lru_cache(maxsize=4)
+def load_data_set(kind: str, path: str) -> Any:
+    """A datasets Dataset by `name:split`. Kept, because every unit of it asks again. Raises UserError."""
+    import datasets
+
+    name, _, split = path.rpartition(":")
+    try:
+        if kind == "named":
+            return datasets.load_dataset(name, split=split)
+        data_set = datasets.load_from_disk(name)
+        return data_set[split] if isinstance(data_set, datasets.DatasetDict) else data_set
+    except Exception as error:  # datasets raises whatever its loaders raise
+        where = "No file or folder has this name, and as a datasets name" if kind == "named" else "The saved data set"
+        raise UserError(
+            f"{name}: {where} (split {split or 'none'}) it cannot be loaded: {first_line(error)}."
+        ) from error
+
+
+def _read_jsonl(unit: ReadUnit) -> Iterator[Item]:
+    with open_input(unit.path) as stream:
+        yield from _stop_where_unreadable(_parsed_lines(stream), 0)
+
+
+def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
+    with open_input(unit.path) as stream:
+        try:
+            file = pq.ParquetFile(stream)
+        except UNREADABLE as error:
+            raise UserError(f"{unit.path} changed since it was planned: {first_line(error)}.") from error
+        start = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+        batches = file.iter_batches(READ_ROWS, row_groups=list(range(unit.start, unit.stop)))
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from _stop_where_unreadable(_numbered(rows, start), start)
+
+
+def _read_data_set(unit: ReadUnit) -> Iterator[Item]:
+    rows = load_data_set(unit.kind, unit.path).select(range(unit.start, unit.stop))
+    yield from _stop_where_unreadable(_numbered(rows, unit.start), unit.start)
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_data_set, "named": _read_data_set}
+
+
+def _stop_where_unreadable(items: Iterator[Item], position: int) -> Iterator[Item]:
+    """The items; where reading fails, one item that says why, at the position that would have come next."""
+    try:
+        for item in items:
+            yield item
+            position = item[0] + 1
+    except UNREADABLE as error:
+        yield position, None, f"the file cannot be read from here on: {first_line(error)}"
+
+
+def _numbered(rows: Iterable[dict], start: int) -> Iterator[Item]:
+    for position, row in enumerate(rows, start):
+        yield position, row, None
+
+
+def _parsed_lines(stream: IO[bytes]) -> Iterator[Item]:
+    position = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        if position == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if _skip_rest_of_line(stream, line):
+            yield position, None, f"the line is longer than {MAX_LINE_BYTES} bytes"
+        elif line.strip():
+            yield position, *_parse_line(line)
+        else:
+            yield position, None, None
+        position += 1
+
+
+def _skip_rest_of_line(stream: IO[bytes], line: bytes) -> bool:
+    """Reads on to the end of a line that was too long to hold; whether there was anything left of it."""
+    skipped = False
+    while line and not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
+        skipped = True
+    return skipped
+
+
+def _parse_line(line: bytes) -> tuple[dict | None, str | None]:
+    """(object, None), or (None, reason)."""
+    try:
+        data = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # an escaped half of a surrogate pair is valid JSON, but not text
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, f"invalid UTF-8 at byte {error.start} of the line"
+    except UnicodeEncodeError:
+        return None, "the text holds half of a surrogate pair, which is not valid Unicode"
+    except RecursionError:
+        return None, "the JSON is nested too deeply"
+    except ValueError as error:
+        return None, f"invalid JSON: {error}"
+    if not isinstance(data, dict):
+        return None, f"the line is a JSON {type(data).__name__}, not an object"
+    return data, None

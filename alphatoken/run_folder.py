@@ -1,0 +1,194 @@
+"""The life of an output folder: new, resumed after a kill, finished.
+
+    OUT/run.json                              what run this is (configuration, fingerprints); written first
+    OUT/data/train-<first row id>.parquet     the rows; 15 digits, so that names sort as numbers
+    OUT/quarantine/quarantine-<...>.parquet   rows left out, with reasons
+    OUT/token_classes.parquet                 what each token id is
+    OUT/commits/<first row id>.json           one per finished shard; gone once the run is finished
+    OUT/README.md                             data card
+    OUT/manifest.json                         what came out; written last: a folder with it is complete
+
+A shard counts only once its commit record is there, so a killed writer leaves nothing that a reader or a resumed run
+could mistake for a result.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from alphatoken import storage
+from alphatoken.errors import UserError
+
+ROOT_FILES = ("run.json", "manifest.json", "README.md", "token_classes.parquet")
+SHARD_FILES = {
+    "data": re.compile(r"^train-([0-9]{15})\.parquet$"),
+    "quarantine": re.compile(r"^quarantine-([0-9]{15})\.parquet$"),
+    "commits": re.compile(r"^([0-9]{15})\.json$"),
+}
+SHOWN_DIFFERENCES = 5
+
+State = Literal["new", "resume", "finished"]
+
+
+def row_id_runs(row_ids: np.ndarray) -> list[list[int]]:
+    """Row ids (any order, no repeats needed) as sorted runs [[first, last], ...] of consecutive numbers."""
+    ids = np.unique(np.asarray(row_ids, dtype=np.int64))
+    if not len(ids):
+        return []
+    breaks = np.flatnonzero(np.diff(ids) != 1)
+    firsts = ids[np.concatenate([[0], breaks + 1])]
+    lasts = ids[np.concatenate([breaks, [len(ids) - 1]])]
+    return np.stack([firsts, lasts], axis=1).tolist()
+
+
+def merge_runs(runs: list[list[int]]) -> list[list[int]]:
+    """Sorted runs without overlaps; neighbours become one."""
+    if not runs:
+        return []
+    array = np.array(sorted(runs), dtype=np.int64)  # (runs, 2)
+    reach = np.maximum.accumulate(array[:, 1])  # the highest id of this run and all before
+    starts = np.concatenate([[0], np.flatnonzero(array[1:, 0] > reach[:-1] + 1) + 1])
+    ends = np.concatenate([starts[1:] - 1, [len(array) - 1]])
+    return np.stack([array[starts, 0], reach[ends]], axis=1).tolist()
+
+
+class RunFolder:
+    """An output folder by local path or URI. Cheap to make: open it once on the driver, write shards anywhere."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+
+    def open(self, identity: dict, overwrite: bool = False) -> State:
+        """Prepare the folder for the run that `identity` describes (JSON values).
+
+        'finished': the same run ended here. 'resume': the same run was cut off; what it did not commit is removed.
+        'new': everything else that may be written to. Raises UserError where another run's results are in the way
+        (unless `overwrite`) and where files are that no run wrote (always: they are not ours to delete).
+        """
+        earlier = self._earlier_identity()
+        if earlier is not None and overwrite:
+            self._remove_own_files()
+            earlier = None
+        if earlier is None:
+            storage.write_json(identity, self._path("run.json"))
+            return "new"
+        differences = list(_differences(earlier, identity))
+        if differences:
+            raise UserError(_describe(self.uri, differences))
+        if storage.exists(self._path("manifest.json")):
+            storage.remove_tree(self._path("commits"))  # left where the run was killed just after its manifest
+            return "finished"
+        self._remove_orphans()
+        return "resume"
+
+    def write_shard(self, data: pa.Table | None, quarantine: pa.Table | None, record: dict) -> None:
+        """Write one shard's rows and rejected rows (None or empty: no file), then its commit record.
+
+        `record` needs `first_row_id` (names the shard) and `row_ids` (runs of all rows that it finishes). Writing the
+        same shard again, as a retried task does, replaces it.
+        """
+        number = _digits(record["first_row_id"])
+        _ = record["row_ids"]
+        self._write_or_remove(quarantine, self._path("quarantine", f"quarantine-{number}.parquet"))
+        self._write_or_remove(data, self._path("data", f"train-{number}.parquet"))
+        storage.write_json(record, self._path("commits", f"{number}.json"))
+
+    def commits(self) -> list[dict]:
+        """Commit records of the finished shards, in order of their first row id. Empty after `finish`."""
+        return storage.read_json_files([self._path("commits", name) for _, name in self._shard_files("commits")])
+
+    def finished_row_ids(self) -> list[list[int]]:
+        """All committed row ids as merged, sorted runs [[first, last], ...]."""
+        return merge_runs([run for record in self.commits() for run in record["row_ids"]])
+
+    def finish(self, manifest: dict, card: str) -> None:
+        """Data card, then the manifest; only then do the commit records go."""
+        storage.write_bytes(card.encode(), self._path("README.md"))
+        storage.write_json(manifest, self._path("manifest.json"))
+        storage.remove_tree(self._path("commits"))
+
+    def manifest(self) -> dict:
+        """UserError if the run has not finished."""
+        return storage.read_json(self._path("manifest.json"))
+
+    def _path(self, *parts: str) -> str:
+        return storage.join(self.uri, *parts)
+
+    def _earlier_identity(self) -> dict | None:
+        """What run.json says; None for an empty folder; UserError for a folder that no run made."""
+        names = [name for name in storage.list_names(self.uri) if not storage.TEMPORARY_PATTERN.match(name)]
+        if "run.json" in names:
+            return storage.read_json(self._path("run.json"))
+        if names:
+            raise UserError(
+                f"{self.uri} already holds files that no alphatoken run wrote ({', '.join(names[:3])}); "
+                "give a new or empty folder as --output"
+            )
+        return None
+
+    def _shard_files(self, folder: str) -> list[tuple[str, str]]:
+        """(digits of the first row id, file name) of one of the folders in SHARD_FILES, sorted."""
+        pattern = SHARD_FILES[folder]
+        matches = ((pattern.match(name), name) for name in storage.list_names(self._path(folder)))
+        return [(match.group(1), name) for match, name in matches if match]
+
+    def _write_or_remove(self, table: pa.Table | None, uri: str) -> None:
+        if table is not None and table.num_rows:
+            storage.write_table(table, uri)
+        else:
+            storage.remove_file(uri)  # an earlier attempt of the same task may have had rows
+
+    def _remove_orphans(self) -> None:
+        committed = {number for number, _ in self._shard_files("commits")}
+        for folder in ("data", "quarantine"):
+            for number, name in self._shard_files(folder):
+                if number not in committed:
+                    storage.remove_file(self._path(folder, name))
+        self._remove_temporary_files()
+
+    def _remove_temporary_files(self) -> None:
+        for folder in ("", *SHARD_FILES):
+            for name in storage.list_names(self._path(folder) if folder else self.uri):
+                if storage.TEMPORARY_PATTERN.match(name):
+                    storage.remove_file(self._path(folder, name) if folder else self._path(name))
+
+    def _remove_own_files(self) -> None:
+        """Only files with the names that a run writes. run.json goes last: a kill in between can be repeated."""
+        storage.remove_file(self._path("manifest.json"))
+        for folder in SHARD_FILES:
+            for _, name in self._shard_files(folder):
+                storage.remove_file(self._path(folder, name))
+        self._remove_temporary_files()
+        for name in reversed(ROOT_FILES):
+            storage.remove_file(self._path(name))
+
+
+def _digits(first_row_id: int) -> str:
+    return f"{first_row_id:015d}"
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of everything that differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif _plain(old) != _plain(new):
+        yield name, old, new
+
+
+def _plain(value: Any) -> Any:
+    """Tuples come back from JSON as lists."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _describe(uri: str, differences: list[tuple[str, Any, Any]]) -> str:
+    shown = [f"{name}: {old} -> {new}" for name, old, new in differences[:SHOWN_DIFFERENCES]]
+    if len(differences) > SHOWN_DIFFERENCES:
+        shown.append(f"and {len(differences) - SHOWN_DIFFERENCES} more")
+    return (
+        f"{uri} holds the output of a different run ({'; '.join(shown)}); "
+        "give another --output, or --overwrite to replace it"
+    )

@@ -1,0 +1,171 @@
+"""A table of encoded rows to a table of scored rows, and the estimator that a configuration asks for."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from alphatoken import direction as directions
+from alphatoken import schema, tensor_file
+from alphatoken.architecture import scored_parameters
+from alphatoken.baselines import Baseline
+from alphatoken.batching import Batch, make_batch, plan_batches
+from alphatoken.config import ScoreConfig
+from alphatoken.errors import UserError
+from alphatoken.exact import Exact
+from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.value_propagation import ValuePropagation
+from alphatoken.values import Estimator
+
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = "a value or loss is not finite (NaN or infinity): the model overflows on this row"
+
+
+def default_parameters(estimator: str) -> str:
+    """What is scored unless the user or the direction says otherwise."""
+    return "last-layers:3" if estimator == "value_propagation" else "all-linear"
+
+
+def build_estimator(config: ScoreConfig, scoring: ScoringModel, direction_path: str | None) -> Estimator:
+    """The estimator of a score run, with its direction and drift loaded and checked against the model.
+
+    Raises:
+        UserError: a file is missing or is about another model, checkpoint or set of parameters.
+    """
+    if config.estimator in ("loss", "entropy", "random"):
+        return Baseline(scoring, config.estimator, seed=config.seed)
+    if config.estimator == "excess_loss":
+        return Baseline(scoring, "excess_loss", load_model(config.reference_model, config.dtype, scoring.device))
+    direction = tensor_file.load(direction_path, "direction")
+    parameters = config.parameters or direction.provenance.parameters
+    tensor_file.check_matches(direction.provenance, direction_path, fingerprint(scoring.model), parameters)
+    check_covers(direction, direction_path, scoring, parameters)
+    drift = _drift(config, scoring, parameters, direction.group("scale"))
+    if config.estimator == "exact":
+        return Exact(scoring, parameters, direction.group("direction"), drift, config.method)
+    return ValuePropagation(scoring, parameters, direction.group("direction"), drift, config.window)
+
+
+def check_covers(file: tensor_file.TensorFile, path: str, scoring: ScoringModel, parameters: str) -> None:
+    """Every scored weight must be in the file, in its shape."""
+    found = file.group(file.provenance.kind)
+    for name, parameter in scored_parameters(scoring.model, parameters).items():
+        if name not in found or found[name].shape != parameter.shape:
+            raise UserError(f"{path} has no {file.provenance.kind} for {name} of shape {tuple(parameter.shape)}")
+
+
+def _drift(
+    config: ScoreConfig, scoring: ScoringModel, parameters: str, scale: directions.Tensors
+) -> directions.Tensors | None:
+    if not config.fisher:
+        return None
+    reference = load_model(config.reference_model, config.dtype, scoring.device)
+    fisher = tensor_file.load(config.fisher, "fisher")
+    tensor_file.check_matches(fisher.provenance, config.fisher, fingerprint(reference.model), parameters)
+    check_covers(fisher, config.fisher, scoring, parameters)
+    weights = {name: p.detach() for name, p in scored_parameters(reference.model, parameters).items()}
+    drift = directions.drift(scoring, weights, fisher.group("fisher"))
+    # A preconditioned step moves by scale * gradient, so both directions are scaled alike.
+    return {name: d * scale[name].to(d.device) if scale else d for name, d in drift.items()}
+
+
+@dataclass(frozen=True)
+class ScoredColumns:
+    """Per-token columns of a table, flat, aligned with its input_ids; and the rows that could not be valued."""
+
+    flat: dict[str, np.ndarray]  # name -> float32 of length sum of row lengths
+    failures: dict[int, str]  # row index -> reason
+    computed_positions: int  # padding included
+
+
+def score_columns(
+    input_ids: list[np.ndarray],
+    response_masks: list[np.ndarray],
+    row_ids: list[int],
+    estimator: Callable[[Batch], object],
+    batch_tokens: int,
+    device: torch.device,
+    terms: bool = False,
+) -> ScoredColumns:
+    """Value every response token of the given rows, in batches of rows of similar length."""
+    lengths = [len(row) for row in input_ids]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    names = ["adaptation", "stability", "logprobs", *(schema.TERMS if terms else ())]
+    flat = {name: np.zeros(starts[-1], dtype=np.float32) for name in names}
+    failures: dict[int, str] = {}
+    computed = 0
+    for indices in plan_batches(lengths, batch_tokens):
+        batch = make_batch(
+            [input_ids[i] for i in indices], [response_masks[i] for i in indices], [row_ids[i] for i in indices]
+        )
+        computed += batch.input_ids.numel()
+        values = estimator(batch.to(device))
+        tensors = {"adaptation": values.adaptation, "stability": values.stability, "logprobs": values.logprobs}
+        tensors |= {name: values.terms[name] for name in names if name in values.terms}
+        parts = {name: batch.split(tensor.float().cpu()) for name, tensor in tensors.items()}
+        for b, i in enumerate(indices):
+            if not all(torch.isfinite(part[b]).all() for part in parts.values()):
+                failures[i] = NOT_FINITE
+                continue
+            where = starts[i] + np.flatnonzero(response_masks[i])
+            for name, part in parts.items():
+                flat[name][where] = part[b].numpy()
+    return ScoredColumns(flat, failures, computed)
+
+
+def score_table(
+    table: pa.Table,
+    estimator: Callable[[Batch], object],
+    batch_tokens: int,
+    device: torch.device,
+    terms: bool = False,
+) -> tuple[pa.Table, dict[int, str], int]:
+    """An ENCODED table (other columns are carried along) to SCORED columns.
+
+    Returns (table, {row index: reason} of rows to quarantine, computed positions with padding).
+    """
+    ids = _lists(table["input_ids"])
+    masks = _lists(table["response_mask"])
+    scored = score_columns(ids, masks, table["row_id"].to_pylist(), estimator, batch_tokens, device, terms)
+    offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int32))
+    added: dict[str, pa.Array] = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in scored.flat.items()
+    }
+    added |= _row_means(scored.flat, masks)
+    extra = [name for name in table.column_names if name not in schema.ENCODED.names]
+    columns = [(f.name, table[f.name]) for f in schema.ENCODED]
+    columns += [(f.name, added.pop(f.name)) for f in schema.SCORED if f.name in added]
+    columns += [*added.items(), *((name, table[name]) for name in extra)]
+    return pa.table(dict(columns)), scored.failures, scored.computed_positions
+
+
+def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str, pa.Array]:
+    """Means over response tokens. Values are zero outside the response, so sums over whole rows serve."""
+    lengths = np.array([len(mask) for mask in masks])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    counts = np.array([int(mask.sum()) for mask in masks], dtype=np.int32)
+
+    def mean(values: np.ndarray) -> pa.Array:
+        sums = np.add.reduceat(values.astype(np.float64), starts) if len(starts) else np.zeros(0)
+        return pa.array((sums / np.maximum(counts, 1)).astype(np.float32))
+
+    return {
+        "num_response_tokens": pa.array(counts),
+        "mean_adaptation": mean(flat["adaptation"]),
+        "mean_stability": mean(flat["stability"]),
+        "mean_loss": mean(-flat["logprobs"]),
+    }
+
+
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """A list column as one numpy array per row."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]

@@ -1,0 +1,206 @@
+"""Files by local path or any fsspec URI: s3://, gs://, abfs://, memory:// ...
+
+Every write is atomic: readers see the whole file or none. On file systems that means a temporary name, then a rename;
+on object stores one put, which is atomic by itself.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from alphatoken.errors import UserError
+
+DATA_PATTERN = re.compile(r"^train-[0-9]+\.parquet$")
+TEMPORARY_PATTERN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
+
+# A put on these either replaces the whole object or does nothing.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf", "memory"})
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that a URI names and the path in it; UserError where its driver is missing or unknown."""
+    try:
+        return url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: cannot open this kind of address ({error}); install its fsspec driver") from error
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri/part/part`, whatever slashes they end or begin with."""
+    base = uri if uri.endswith("://") else uri.rstrip("/") + "/"
+    return base + "/".join(part.strip("/") for part in parts)
+
+
+def absolute(uri: str) -> str:
+    """The same place, independent of the working folder: workers on other machines have another one."""
+    fs, path = filesystem(uri)
+    return path if isinstance(fs, LocalFileSystem) else uri
+
+
+def name_of(uri: str) -> str:
+    """The last part of a path."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    return fs.exists(path)
+
+
+def same_place(first: str, second: str) -> bool:
+    """True where two URIs name one folder."""
+    (fs_1, path_1), (fs_2, path_2) = filesystem(first), filesystem(second)
+    if isinstance(fs_1, LocalFileSystem) and isinstance(fs_2, LocalFileSystem):
+        return os.path.realpath(path_1) == os.path.realpath(path_2)
+    return type(fs_1) is type(fs_2) and path_1.rstrip("/") == path_2.rstrip("/")
+
+
+def list_names(folder: str) -> list[str]:
+    """Sorted names (files and folders) directly in a folder; empty where it does not exist.
+
+    Raises UserError if it is a file.
+    """
+    fs, path = filesystem(folder)
+    fs.invalidate_cache()
+    if fs.isfile(path):
+        raise UserError(f"{folder} is a file, not a folder; give a folder")
+    try:
+        entries = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    # Object stores may list the folder's own marker object among its content.
+    return sorted(name_of(entry) for entry in entries if entry.rstrip("/") != path.rstrip("/"))
+
+
+def list_shards(folder: str) -> list[str]:
+    """URIs of `folder/data/train-*.parquet`, sorted; UserError if there is none."""
+    names = [name for name in list_names(join(folder, "data")) if DATA_PATTERN.match(name)]
+    if not names:
+        raise UserError(f"{folder} has no data/train-*.parquet; give the folder that the job before this one wrote")
+    return [join(folder, "data", name) for name in names]
+
+
+def read_bytes(uri: str) -> bytes:
+    """UserError if the file is missing."""
+    fs, path = filesystem(uri)
+    try:
+        return fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{uri} does not exist or is not a file") from error
+
+
+def write_bytes(data: bytes | memoryview, uri: str) -> None:
+    """Atomic. Folders above the file are made."""
+    fs, path = filesystem(uri)
+    if _protocols(fs) & OBJECT_STORES:
+        fs.pipe_file(path, bytes(data))
+        return
+    folder, name = path.rsplit("/", 1)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+    fs.makedirs(folder, exist_ok=True)
+    try:
+        _write_and_rename(fs, data, temporary, path)
+    except BaseException:
+        if fs.exists(temporary):
+            fs.rm_file(temporary)
+        raise
+
+
+def _write_and_rename(fs: fsspec.AbstractFileSystem, data: bytes | memoryview, temporary: str, path: str) -> None:
+    local = isinstance(fs, LocalFileSystem)
+    with open(temporary, "wb") if local else fs.open(temporary, "wb") as file:
+        file.write(data)
+        if local:  # else a power cut may leave the new name with no content
+            file.flush()
+            os.fsync(file.fileno())
+    if local:
+        os.replace(temporary, path)
+    else:
+        fs.mv(temporary, path)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def read_json(uri: str) -> Any:
+    """UserError if the file is missing or is not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri} is not valid JSON ({error})") from error
+
+
+def read_json_files(uris: list[str]) -> list[Any]:
+    """Many small JSON files, fetched together where the file system can."""
+    if not uris:
+        return []
+    fs, _ = filesystem(uris[0])
+    paths = [filesystem(uri)[1] for uri in uris]
+    content = fs.cat(paths)
+    return [json.loads(content[path]) for path in paths]
+
+
+def write_json(value: Any, uri: str) -> None:
+    """Readable (indented) and strict: NaN and infinity are ValueErrors."""
+    write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), uri)
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file; UserError if it is missing, broken, or lacks one of `columns`."""
+    with _parquet(uri) as file:
+        missing = set(columns or []) - set(file.schema_arrow.names)
+        if missing:
+            raise UserError(f"{uri} lacks the columns {', '.join(sorted(missing))}")
+        return file.read(columns=columns)
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """The columns of one Parquet file."""
+    with _parquet(uri) as file:
+        return file.schema_arrow
+
+
+@contextmanager
+def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    # A dataset reader would add columns for folders called key=value; a single file never does.
+    fs, path = filesystem(uri)
+    try:
+        with pq.ParquetFile(path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{uri} does not exist") from error
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{uri} is not a readable Parquet file ({error})") from error
+
+
+def write_table(table: pa.Table, uri: str) -> None:
+    """One zstd Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(memoryview(sink.getvalue()), uri)
+
+
+def remove_file(uri: str) -> None:
+    """Nothing happens if the file is not there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
+def remove_tree(uri: str) -> None:
+    """A folder with everything in it. Nothing happens if it is not there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)

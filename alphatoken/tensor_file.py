@@ -1,0 +1,120 @@
+"""Named tensors with provenance in one safetensors file: what directions and Fisher diagonals are kept in.
+
+Only safetensors is read: a pickle is refused before anything in it runs.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from alphatoken.errors import UserError
+from alphatoken.storage import filesystem
+
+PROVENANCE_KEY = "alphatoken"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file of tensors was made from."""
+
+    kind: str  # direction or fisher
+    model_fingerprint: str
+    parameters: str  # last-layers:K, all-linear or all
+    data_fingerprint: str
+    num_rows: int
+    num_tokens: int
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Tensors by "<group>/<parameter name>", in the shape in which the model stores the parameter."""
+
+    provenance: Provenance
+    tensors: dict[str, torch.Tensor]
+
+    def group(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one group by parameter name; empty where the file has none."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def save(path: str, contents: TensorFile) -> None:
+    """Write to a local path or URI; a reader never sees half a file."""
+    fs, target = filesystem(path)
+    metadata = {PROVENANCE_KEY: json.dumps(asdict(contents.provenance), sort_keys=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "tensors")
+        save_file({key: value.contiguous() for key, value in contents.tensors.items()}, local, metadata=metadata)
+        parent = target.rpartition("/")[0]
+        if parent:
+            fs.makedirs(parent, exist_ok=True)
+        fs.put_file(local, target + ".tmp")
+        fs.mv(target + ".tmp", target)
+
+
+def load(path: str, kind: str) -> TensorFile:
+    """Read a file that `save` wrote.
+
+    Raises:
+        UserError: it is missing, is not safetensors, was not written by us or is of another kind.
+    """
+    fs, source = filesystem(path)
+    if not fs.exists(source):
+        raise UserError(f"{path}: no such file; make it with `alphatoken {kind}`")
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "tensors")
+        fs.get_file(source, local)
+        provenance = _read_provenance(local, path, kind)
+        return TensorFile(provenance, load_file(local))
+
+
+def read_provenance(path: str, kind: str) -> Provenance:
+    """The provenance alone, without the tensors' bytes in memory. Raises as `load` does."""
+    fs, source = filesystem(path)
+    if not fs.exists(source):
+        raise UserError(f"{path}: no such file; make it with `alphatoken {kind}`")
+    with fs.open(source, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(size) if 0 < size <= 2**27 else b""
+    return _parse_header(raw, path, kind)
+
+
+def _read_provenance(local: str, path: str, kind: str) -> Provenance:
+    with open(local, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(size) if 0 < size <= 2**27 else b""
+    return _parse_header(raw, path, kind)
+
+
+def _parse_header(raw: bytes, path: str, kind: str) -> Provenance:
+    try:
+        provenance = Provenance(**json.loads(json.loads(raw)["__metadata__"][PROVENANCE_KEY]))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} is not a {kind} file that AlphaToken wrote; make it with `alphatoken {kind}`") from error
+    if provenance.kind != kind:
+        raise UserError(f"{path} holds a {provenance.kind}, not a {kind}")
+    return provenance
+
+
+def check_matches(provenance: Provenance, path: str, model_fingerprint: str, parameters: str | None) -> None:
+    """The file must be about this checkpoint and these parameters.
+
+    Raises:
+        UserError: it is not.
+    """
+    if provenance.model_fingerprint != model_fingerprint:
+        raise UserError(
+            f"{path} was made with another checkpoint (fingerprint {provenance.model_fingerprint[:8]}, the model "
+            f"has {model_fingerprint[:8]}); make it again with `alphatoken {provenance.kind}`"
+        )
+    if parameters is not None and provenance.parameters != parameters:
+        raise UserError(
+            f"{path} covers --parameters {provenance.parameters}, this run scores {parameters}; make it again with "
+            f"`alphatoken {provenance.kind} --parameters {parameters}`"
+        )

@@ -1,0 +1,79 @@
+"""The paper's estimator (`value_propagation`): Eqs. 8, 9, 11, 12 by contraction.
+
+    adaptation(p) = sum over S of (delta_p + [v_proj only] abar_p)^T G h_p,    abar_p = sum_{0<k-p<=W} A[k,p] delta_k
+    stability(p)  = the same with D in the place of G
+
+Values belong to positions p = t - 1, which predict token t. One forward pass, one backward pass through the scored
+layers, one matrix product per scored linear and direction.
+"""
+
+import torch
+
+from alphatoken.architecture import check_value_projections, scored_linears, value_rows
+from alphatoken.attention import banded_average
+from alphatoken.batching import Batch
+from alphatoken.capture import Captured, capture
+from alphatoken.contraction import bilinear
+from alphatoken.direction import Tensors
+from alphatoken.model import ScoringModel
+from alphatoken.values import TokenValues
+
+
+class ValuePropagation:
+    """Values by contraction along `direction` and, where given, `drift` (both by parameter name)."""
+
+    def __init__(
+        self, scoring: ScoringModel, parameters: str, direction: Tensors, drift: Tensors | None = None, window: int = 32
+    ) -> None:
+        self.scoring = scoring
+        self.window = window
+        self.linears = scored_linears(scoring.model, parameters)
+        check_value_projections(self.linears, scoring.model)
+        rows = {linear.name: value_rows(linear, scoring.model) for linear in self.linears}
+        self.value_rows = {name: index.to(scoring.device) for name, index in rows.items() if index is not None}
+        self.directions = {"adaptation": self._prepare(direction)}
+        if drift is not None:
+            self.directions["stability"] = self._prepare(drift)
+
+    def _prepare(self, tensors: Tensors) -> Tensors:
+        """(D_out, D_in), contiguous, in the dtype of the matrix products."""
+        return {
+            linear.name: linear.from_native(tensors[linear.name]).to(self.scoring.device, self.scoring.dtype).contiguous()
+            for linear in self.linears
+        }
+
+    def __call__(self, batch: Batch) -> TokenValues:
+        layers = frozenset(linear.layer for linear in self.linears) if self.window else frozenset()
+        captured = capture(self.scoring, batch, self.linears, attention_layers=layers)
+        with torch.no_grad():
+            terms = self._terms(captured, batch)
+        zero = torch.zeros_like(captured.losses)
+        return TokenValues(
+            adaptation=terms["adaptation_direct"] + terms["adaptation_causal"],
+            stability=terms.get("stability_direct", zero) + terms.get("stability_causal", zero),
+            logprobs=-captured.losses,
+            terms={f"{name}_{path}": terms.get(f"{name}_{path}", zero) for name, path in _TERMS},
+        )
+
+    def _terms(self, captured: Captured, batch: Batch) -> dict[str, torch.Tensor]:
+        """The four terms, each N; stability's only where there is drift."""
+        terms = {
+            f"{name}_{path}": torch.zeros_like(captured.losses) for name in self.directions for path in ("direct", "causal")
+        }
+        where = batch.predicting
+        for linear in self.linears:
+            delta_all = captured.deltas[linear.name]
+            h, delta = captured.inputs[linear.name][where], delta_all[where]
+            rows = self.value_rows.get(linear.name)
+            ahead = None
+            if rows is not None and self.window:
+                ahead = banded_average(captured.attention[linear.layer], delta_all[..., rows], self.window)[where]
+            for name, tensors in self.directions.items():
+                matrix = tensors[linear.name]
+                terms[f"{name}_direct"] += bilinear(delta, matrix, h)
+                if ahead is not None:
+                    terms[f"{name}_causal"] += bilinear(ahead, matrix[rows], h)
+        return terms
+
+
+_TERMS = [(name, path) for name in ("adaptation", "stability") for path in ("direct", "causal")]

@@ -1,0 +1,217 @@
+"""Arguments in, one configuration object out: the command line of a stage, made from its pydantic class.
+
+Every field is an option in kebab-case. `--config FILE.yaml` gives the same names; the command line wins. A run can be
+repeated from its own manifest.json in the same way. pydantic checks types and ranges; problems become one sentence each.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from alphatoken.errors import UserError
+
+OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+Main = Callable[[Any], dict | None]
+Show = Callable[[Any, dict], None]
+
+logger = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+        # argparse takes -1e-3 for an option unless told what a negative number looks like.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            raise UserError(f"unknown option {option}{did_you_mean(option, self._option_string_actions)}")
+        return vars(given)
+
+
+def run(
+    config_class: type[BaseModel],
+    main: Main,
+    argv: Sequence[str] | None = None,
+    *,
+    show: Show | None = None,
+    prog: str | None = None,
+) -> int:
+    """Parse `argv` into a config_class, call `main(config)` and return the exit code.
+
+    0: done. 2: wrong use, bad values or data (pydantic errors, UserError), each told in one sentence on stderr.
+    1: anything else. 130: Ctrl-C. `main` returns JSON values: printed as one line with --json, else given to
+    `show(config, result)`.
+    """
+    prog = prog or f"alphatoken {config_class.__name__.removesuffix('Config').lower()}"
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        options = _parser(config_class, prog).parse(argv)
+        as_json = options.pop("json", False)
+        options.pop("debug", None)
+        config = _build(config_class, options)
+        result = main(config)
+        if as_json:
+            sys.stdout.write(json.dumps(result) + "\n")
+        elif show and result is not None:
+            show(config, result)
+        return OK
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except KeyboardInterrupt:
+        return _report(prog, ["interrupted; run the same command again to go on"], INTERRUPTED, debug)
+    except ValidationError as error:
+        return _report(prog, [_sentence(problem) for problem in error.errors()], WRONG_USE, debug)
+    except UserError as error:
+        return _report(prog, [str(error)], WRONG_USE, debug)
+    except Exception as error:  # noqa: BLE001: the last stop before the shell
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
+        return _report(prog, [text], FAILED, debug)
+
+
+def did_you_mean(name: str, choices: Sequence[str] | dict[str, Any]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    close = difflib.get_close_matches(name, list(choices), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _report(prog: str, sentences: list[str], code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    for sentence in sentences:
+        sys.stderr.write(f"{prog}: {sentence}\n")
+    return code
+
+
+def _parser(config_class: type[BaseModel], prog: str) -> _Parser:
+    parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip())
+    for name, field in config_class.model_fields.items():
+        parser.add_argument(option_name(name), dest=name, help=_help(field), **_argument(name, field))
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; the command line wins")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
+    """argparse's view of one field. Values stay strings: pydantic converts and checks them."""
+    kinds = {get_origin(kind) or kind for kind in _members(field.annotation)}
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    if dict in kinds:
+        return {"action": "extend", "nargs": "+", "metavar": "KEY=VALUE"}
+    metavar = name.rsplit("_", 1)[-1].upper()
+    if list in kinds:
+        return {"action": "extend", "nargs": "+", "metavar": metavar}
+    return {"metavar": metavar}
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, flat and without None."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    literals = [kind for kind in _members(field.annotation) if get_origin(kind) is Literal]
+    return [str(choice) for literal in literals for choice in get_args(literal)]
+
+
+def _help(field: FieldInfo) -> str:
+    notes = []
+    if choices := _choices(field):
+        notes.append("one of " + ", ".join(choices))
+    if field.is_required():
+        notes.append("required")
+    elif field.default not in (None, PydanticUndefined, [], {}) and field.annotation is not bool:
+        notes.append(f"default: {field.default}")
+    text = (field.description or "") + (f" ({'; '.join(notes)})" if notes else "")
+    return text.strip().replace("%", "%%")
+
+
+def _build(config_class: type[BaseModel], options: dict[str, Any]) -> BaseModel:
+    file = options.pop("config", None)
+    values = _read_file(file, config_class) if file else {}
+    for name, value in options.items():
+        kinds = {get_origin(kind) or kind for kind in _members(config_class.model_fields[name].annotation)}
+        values[name] = _pairs(name, value) if dict in kinds else value
+    return config_class(**values)
+
+
+def _pairs(name: str, items: list[str]) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise UserError(f"{option_name(name)} {item}: give it as KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def _read_file(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
+    """Settings of a YAML (or JSON) file under the class's field names; UserError where it cannot be used."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    content = {} if content is None else content
+    if isinstance(content, dict) and "stage" in content and isinstance(content.get("config"), dict):
+        content = content["config"]  # a run's manifest.json or run.json
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: has to be a mapping of names to values, such as `output: runs/masked`")
+    settings = {}
+    for given, value in content.items():
+        name = str(given).replace("-", "_")
+        if name not in config_class.model_fields:
+            raise UserError(f"--config {path}: unknown name {given}{did_you_mean(name, config_class.model_fields)}")
+        settings[name] = _as_text(value, config_class.model_fields[name])
+    return settings
+
+
+def _as_text(value: Any, field: FieldInfo) -> Any:
+    """YAML reads `num_actors: 2` as a number; the command line gives text, and the field wants text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and set(_members(field.annotation)) == {str} else value
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    """One pydantic error, named by its option: `--keep-fraction 1.5: input should be less than or equal to 1`."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    option = option_name(str(problem["loc"][0]))
+    if problem["type"] == "missing":
+        return f"{option} is required"
+    value = problem["input"]
+    shown = f" {value}" if isinstance(value, str | int | float) else ""
+    return f"{option}{shown}: {message[:1].lower()}{message[1:]}"

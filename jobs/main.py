@@ -1,0 +1,63 @@
+"""`alphatoken COMMAND`: each command is one job of this folder, imported only when it is called."""
+
+import difflib
+import importlib
+import sys
+from importlib import metadata
+
+COMMANDS = {
+    "fisher": ("jobs.fisher", "diagonal Fisher of the reference model: what stability is measured with"),
+    "direction": ("jobs.direction", "validation direction: where training should go"),
+    "score": ("jobs.score", "adaptation and stability of every response token"),
+    "mask": ("jobs.mask", "choose which scored tokens are trained on"),
+    "show": ("jobs.show", "look at values and masks, token by token"),
+    "demo": ("jobs.demo", "score and mask the embedded data with the embedded model"),
+}
+WRONG_USE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"alphatoken {_version()}\n")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}"
+        sys.stderr.write(f"alphatoken: unknown command {name}; {hint}\n")
+        return WRONG_USE
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(arguments[1:])
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: alphatoken COMMAND [OPTIONS]",
+            "",
+            "Which tokens of training data are worth training on.",
+            "",
+            *lines,
+            "",
+            "alphatoken COMMAND --help shows a command's options; --version shows the version.",
+            "",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("alphatoken")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

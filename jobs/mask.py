@@ -1,0 +1,45 @@
+"""Which scored tokens are kept: `alphatoken mask --input SCORED --output MASKED`."""
+
+import sys
+
+if __name__ == "__main__":  # `python jobs/mask.py` puts jobs/ first on the path; the packages are one folder up
+    sys.path[0] = __file__.rsplit("/", 2)[0] if __file__.count("/") > 1 else "."
+
+from alphatoken.config import MaskConfig
+from jobs import cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(MaskConfig, _mask, argv, show=_show, prog="alphatoken mask")
+
+
+def _mask(config: MaskConfig) -> dict:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pipelines.mask import run_mask  # imports Ray: not before the arguments are right
+
+    console = Console(stderr=True)
+    columns = (TextColumn("masking shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("mask", total=None)
+        return run_mask(config, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _show(config: MaskConfig, manifest: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = manifest["counts"]
+    table = Table(show_header=False, box=None)
+    table.add_row("token-masked data set", config.output)
+    table.add_row("kept", f"{counts['kept_fraction']:.1%} of {counts['response_tokens']:,} response tokens")
+    table.add_row("rows", f"{counts['rows_out']:,} of {counts['rows_in']:,}")
+    for name in ("rows_dropped_sequences", "rows_quarantined"):
+        if counts[name]:
+            table.add_row(name.replace("_", " "), f"{counts[name]:,} (reasons in quarantine/)")
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

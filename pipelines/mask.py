@@ -1,0 +1,208 @@
+"""SCORED folder in, MASKED folder out: which response tokens are trained on. No model, no GPU.
+
+One Ray task per shard, one output shard per input shard, under the same name. For the data set scope and for dropped
+sequences, exact thresholds are found first, by passes that count (alphatoken/selection.py); what the driver holds does
+not grow with the data.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from alphatoken import manifest as manifests
+from alphatoken import masking, selection, storage
+from alphatoken.config import MaskConfig
+from alphatoken.errors import UserError
+from alphatoken.masking import MaskPlan
+from alphatoken.run_folder import RunFolder, row_id_runs
+from pipelines.cluster import connect, user_errors
+
+STALE_WARNING = (
+    "values belong to the checkpoint that they were computed at and go stale within a dozen optimizer steps: a mask "
+    "made once at the start and frozen over a whole run hurt in trials (worse than training on every token). Train on "
+    "this data for a short interval, then score and mask again with the new weights."
+)
+
+Progress = Callable[[int, int], None]  # (shards done, shards in all)
+
+logger = logging.getLogger(__name__)
+
+
+def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
+    """Write the MASKED folder `config.output` and return its manifest. Resumes a run that was cut off.
+
+    Raises UserError where the input is not a finished SCORED folder, the output belongs to something else, or a token
+    class is unknown. `progress` is called after each shard.
+    """
+    started = time.monotonic()
+    source, target = storage.absolute(config.input), storage.absolute(config.output)
+    if storage.same_place(source, target):
+        raise UserError(f"--output {config.output} is the input folder; give another one")
+    scored = _scored_manifest(source)
+    shards = storage.list_shards(source)
+    plan = _plan(config, source)
+    fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
+    logger.warning(STALE_WARNING)
+
+    folder = RunFolder(target)
+    if folder.open(_identity(config, source, fingerprints), config.overwrite) == "finished":
+        logger.info("%s is already finished", target)
+        return folder.manifest()
+    connect()
+    with user_errors():
+        plan = _with_thresholds(plan, shards, config)
+        _mask_shards(shards, plan, folder, progress)
+    _copy_token_classes(source, target)
+    counts = _counts(folder)
+    result = manifests.build_manifest(
+        "mask",
+        config.model_dump(mode="json"),
+        counts,
+        fingerprints,
+        time.monotonic() - started,
+        extra={
+            # An infinite threshold stands for 'no token to choose from', and is not JSON.
+            "threshold": plan.threshold if plan.threshold is not None and np.isfinite(plan.threshold) else None,
+            "scored": {name: scored[name] for name in ("created", "counts", "config", "fingerprints")},
+        },
+    )
+    columns = storage.read_schema(storage.list_shards(target)[0])
+    folder.finish(result, manifests.data_card("mask", result, columns))
+    return result
+
+
+def _scored_manifest(folder: str) -> dict:
+    uri = storage.join(folder, "manifest.json")
+    if not storage.exists(uri):
+        if not storage.list_names(folder):
+            raise UserError(f"{folder} does not exist or is empty; give the folder that `score` wrote as --input")
+        raise UserError(f"{folder} has no manifest.json: its score job has not finished; run it again, it resumes")
+    found = storage.read_json(uri)
+    if found.get("stage") != "score":
+        raise UserError(f"{folder} was written by {found.get('stage')}; give the folder that `score` wrote as --input")
+    return found
+
+
+def _identity(config: MaskConfig, source: str, fingerprints: dict) -> dict:
+    """What makes two runs the same: all that decides on the output, not where it lies."""
+    settings = config.model_dump(mode="json", exclude={"output", "overwrite", "preset"})
+    return {"stage": "mask", "config": settings | {"input": source}, "fingerprints": fingerprints}
+
+
+def _plan(config: MaskConfig, source: str) -> MaskPlan:
+    plan = MaskPlan(config.keep_fraction, config.stability_weight, config.min_value, config.weights)
+    if not config.protect:
+        return plan
+    table = storage.read_table(storage.join(source, "token_classes.parquet"), ["token_id", "token_class"])
+    classes = table["token_class"].unify_dictionaries().combine_chunks()
+    token_ids = table["token_id"].to_numpy()
+    class_of_token = np.full(int(token_ids.max()) + 1, -1, dtype=np.int8)
+    class_of_token[token_ids] = classes.indices.to_numpy(zero_copy_only=False)
+    numbers = selection.class_numbers(config.protect, classes.dictionary.to_pylist())
+    return replace(plan, class_of_token=class_of_token, protected_classes=numbers)
+
+
+def _with_thresholds(plan: MaskPlan, shards: list[str], config: MaskConfig) -> MaskPlan:
+    """The plan with what takes passes over all shards: the rows to drop, then the data set's threshold."""
+    if config.drop_sequences:
+        fraction = config.drop_sequences
+        drop_up_to = selection.select_key(
+            partial(_count_all, shards, _droppable_digits, plan),
+            num_digits=6,
+            rank_of=lambda rows: int(fraction * rows + 1e-9),
+            whole=False,
+        )
+        plan = replace(plan, drop_up_to=drop_up_to)
+    if config.scope == "dataset":
+        key = selection.select_key(
+            partial(_count_all, shards, _value_digits, plan),
+            num_digits=2,
+            rank_of=lambda tokens: tokens and tokens - int(selection.keep_count(plan.keep_fraction, tokens)) + 1,
+        )
+        # No key: there is no token to choose from (all protected, or no row left).
+        plan = replace(plan, threshold=selection.digits_to_float(*key) if key else np.inf)
+    return plan
+
+
+def _droppable_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
+    return masking.droppable_digits(storage.read_table(shard, masking.ROW_COLUMNS), plan)
+
+
+def _value_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
+    return masking.value_digits(storage.read_table(shard, masking.value_columns(plan)), plan, shard)
+
+
+def _count_all(shards: list[str], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]) -> np.ndarray:
+    """One pass over all shards: the histogram of the digit after `prefix`. A task sums over its shards."""
+    tasks = min(len(shards), 4 * int(ray.cluster_resources().get("CPU", 1)))
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=tasks)
+    counted = rows.map_batches(
+        _count_shards, batch_size=None, fn_kwargs={"digits_of": digits_of, "plan": plan, "prefix": prefix}
+    )
+    total = np.zeros(selection.BINS, dtype=np.int64)
+    for row in counted.iter_rows():
+        total += row["histogram"]
+    return total
+
+
+def _count_shards(
+    batch: dict[str, np.ndarray], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    total = np.zeros((1, selection.BINS), dtype=np.int64)
+    for shard in batch["shard"]:
+        total[0] += selection.digit_histogram(digits_of(str(shard), plan), prefix)
+    return {"histogram": total}
+
+
+def _mask_shards(shards: list[str], plan: MaskPlan, folder: RunFolder, progress: Progress | None) -> None:
+    """Mask what is not yet committed, one Ray task per shard."""
+    done = {record["shard"] for record in folder.commits()}
+    todo = [shard for shard in shards if storage.name_of(shard) not in done]
+    if done:
+        logger.info("resuming: %d of %d shards were already finished", len(done), len(shards))
+    if not todo:
+        return
+    rows = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    masked = rows.map(_mask_shard, fn_kwargs={"plan": plan, "output": folder.uri})
+    for number, _ in enumerate(masked.iter_rows(), start=len(done) + 1):
+        if progress:
+            progress(number, len(shards))
+
+
+def _mask_shard(row: dict[str, Any], plan: MaskPlan, output: str) -> dict[str, Any]:
+    """Read, mask and write one shard; only its name goes back to the driver."""
+    started = time.monotonic()
+    table = storage.read_table(row["shard"])
+    result = masking.mask_table(table, plan, row["shard"])
+    name = storage.name_of(row["shard"])
+    record = {
+        "first_row_id": int(name.removeprefix("train-").removesuffix(".parquet")),
+        "shard": name,
+        "row_ids": row_id_runs(table["row_id"].to_numpy()),
+        "counts": result.counts,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    RunFolder(output).write_shard(result.data, result.quarantine, record)
+    return {"shard": name}
+
+
+def _counts(folder: RunFolder) -> dict[str, Any]:
+    """Sums over the commit records; UserError if no row is left."""
+    records = [record["counts"] for record in folder.commits()]
+    counts: dict[str, Any] = {name: sum(record[name] for record in records) for name in records[0]}
+    if not counts["rows_out"]:
+        raise UserError(f"no row is left after masking; the reasons are in {storage.join(folder.uri, 'quarantine')}")
+    return counts | {"kept_fraction": round(counts["kept_tokens"] / counts["response_tokens"], 6)}
+
+
+def _copy_token_classes(source: str, target: str) -> None:
+    uri = storage.join(source, "token_classes.parquet")
+    if storage.exists(uri):
+        storage.write_bytes(storage.read_bytes(uri), storage.join(target, "token_classes.parquet"))

@@ -1,0 +1,89 @@
+"""The exact estimator against one backward pass per token in float64."""
+
+import copy
+
+import pytest
+import torch
+from oracles import double, exact_values, relative_error, token_losses
+from tiny_models import ARCHITECTURES, random_rows, tiny_model
+
+from alphatoken.architecture import scored_parameters
+from alphatoken.batching import make_batch
+from alphatoken.errors import UserError
+from alphatoken.exact import Exact, choose_method
+from alphatoken.model import prepare_model
+
+FORWARD, CENTRAL = 1e-5, 1e-2
+
+
+def random_direction(model, parameters: str, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=generator) for n, p in scored_parameters(model, parameters).items()}
+
+
+@pytest.mark.parametrize("parameters", ["last-layers:2", "all-linear", "all"])
+@pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_one_backward_per_token(architecture, method, parameters):
+    model = tiny_model(architecture)
+    oracle = double(model)
+    scoring = prepare_model(model)
+    rows = random_rows(seed=len(architecture), count=5)
+    adaptation, drift = (random_direction(model, parameters, seed) for seed in (1, 2))
+    values = Exact(scoring, parameters, adaptation, drift, method)(make_batch(*rows))
+    tolerance = FORWARD if method == "forward" else CENTRAL
+    assert relative_error(values.adaptation, exact_values(oracle, rows, adaptation)) < tolerance
+    assert relative_error(values.stability, exact_values(oracle, rows, drift)) < tolerance
+    expected = torch.cat([token_losses(oracle, *row).detach() for row in zip(*rows, strict=True)])
+    torch.testing.assert_close(-values.logprobs.double(), expected, rtol=0, atol=1e-5 if method == "forward" else 1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("parameters", ["last-layers:1", "all-linear"])
+@pytest.mark.parametrize("method", ["forward", "central"])
+def test_a_value_depends_on_its_row_alone(architecture, parameters, method):
+    scoring = prepare_model(tiny_model(architecture))
+    estimator = Exact(scoring, parameters, random_direction(scoring.model, parameters), method=method)
+    ids, masks = random_rows(seed=3, count=7)
+    together = make_batch(ids, masks)
+    alone = torch.cat([estimator(make_batch([row], [mask])).adaptation for row, mask in zip(ids, masks, strict=True)])
+    tolerance = 1e-5 if method == "forward" else CENTRAL
+    assert relative_error(estimator(together).adaptation, alone) < tolerance
+    backwards = estimator(make_batch(ids[::-1], masks[::-1]))
+    restored = torch.cat(together_parts(ids[::-1], masks[::-1], backwards.adaptation)[::-1])
+    assert relative_error(restored, alone) < tolerance
+
+
+def together_parts(ids, masks, values):
+    return make_batch(ids, masks).split(values)
+
+
+@pytest.mark.parametrize("method", ["forward", "central"])
+def test_model_is_left_as_it_was(method):
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    estimator = Exact(prepare_model(model), "last-layers:2", random_direction(model, "last-layers:2"), method=method)
+    estimator(make_batch(*random_rows(0, 2)))
+    with pytest.raises(IndexError):
+        estimator(make_batch([[1, 2, 10**6]], [[False, True, True]]))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+def test_zero_drift_gives_zero_stability():
+    scoring = prepare_model(tiny_model("llama"))
+    direction = random_direction(scoring.model, "all-linear")
+    zero = {name: torch.zeros_like(tensor) for name, tensor in direction.items()}
+    for method in ("forward", "central"):
+        values = Exact(scoring, "all-linear", direction, zero, method)(make_batch(*random_rows(0, 2)))
+        assert not values.stability.any()
+
+
+def test_method_is_chosen_by_dtype_and_cost():
+    assert choose_method("auto", torch.float32, "all-linear", 30) == "central"
+    assert choose_method("auto", torch.float32, "last-layers:3", 30) == "forward"
+    assert choose_method("auto", torch.bfloat16, "all-linear", 30) == "forward"
+    with pytest.raises(UserError, match="float32"):
+        choose_method("central", torch.bfloat16, "all", 30)

@@ -1,0 +1,102 @@
+"""The lock file, pyproject.toml, ./start and .ci/run agree."""
+
+import os
+import re
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from alphatoken.embedded import DISTRIBUTION
+
+ROOT = Path(__file__).parent.parent
+NOT_LOCKED = {"vllm"}  # GPU machines only
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def lock() -> dict[str, str]:
+    """Name -> pinned version."""
+    lines = [line for line in read("requirements/cpu.lock").splitlines() if line and not line.startswith("#")]
+    pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
+    loose = [line for line, pin in zip(lines, pins, strict=True) if not pin]
+    assert not loose, f"not pinned exactly, or with a local version: {loose}"
+    names = [canonicalize_name(pin[1]) for pin in pins if pin]
+    assert len(set(names)) == len(names), "a package stands there twice"
+    return {name: pin[2] for name, pin in zip(names, pins, strict=True) if pin}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads(read("pyproject.toml"))
+
+
+def requirements(project: dict) -> list[Requirement]:
+    table = project["project"]
+    extras = [text for texts in table["optional-dependencies"].values() for text in texts]
+    build = project["build-system"]["requires"]
+    return [Requirement(text) for text in [*table["dependencies"], *extras, *build]]
+
+
+def test_lock_file_holds_what_the_package_asks_for(lock: dict[str, str], project: dict) -> None:
+    for requirement in requirements(project):
+        name = canonicalize_name(requirement.name)
+        if name not in NOT_LOCKED:
+            assert name in lock, f"{name} is missing from the lock file"
+            assert requirement.specifier.contains(lock[name]), f"{requirement} refuses the pinned {lock[name]}"
+
+
+def test_embedded_model_is_the_locked_one(lock: dict[str, str]) -> None:
+    assert version(DISTRIBUTION) == lock[DISTRIBUTION]
+
+
+def test_every_lower_bound_is_a_lower_bound(project: dict) -> None:
+    for text in project["project"]["dependencies"]:
+        specifier: SpecifierSet = Requirement(text).specifier
+        assert all(part.operator in (">=", "==") for part in specifier), f"{text} shuts out later versions"
+
+
+def test_package_data_is_there(project: dict) -> None:
+    for pattern in project["tool"]["setuptools"]["package-data"]["alphatoken"]:
+        assert list((ROOT / "alphatoken").glob(pattern)), f"nothing matches alphatoken/{pattern}"
+
+
+@pytest.mark.parametrize("script", ["start", ".ci/run"])
+def test_scripts_can_be_run(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    assert read(script).startswith("#!/usr/bin/env bash\n")
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_start_and_ci_run_the_same_tests() -> None:
+    assert re.search(r'^exec \./start test( "\$@")?$', read(".ci/run"), re.MULTILINE)
+    assert re.search(r'^ +exec "\$python" -m pytest -q "\$@"$', read("start"), re.MULTILINE)
+    assert read("start").count("pytest -q") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["shell"]])
+def test_start_explains_itself(arguments: list[str]) -> None:
+    done = subprocess.run([ROOT / "start", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "./start setup | demo" in done.stderr
+
+
+def test_start_refuses_an_old_python(tmp_path: Path) -> None:
+    (tmp_path / "start").write_text(read("start"))
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    command = ["bash", tmp_path / "start", "setup"]
+    environment = os.environ | {"PYTHON": str(old)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "is not a Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv").exists()
