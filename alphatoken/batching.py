@@ -11,6 +11,10 @@ import numpy as np
 import torch
 
 
+MAX_PADDING = 0.03  # of the computed positions
+SMALLEST_BATCH = 1 / 16  # of the token budget: below this, padding is cheaper than another batch
+
+
 @dataclass(frozen=True)
 class Batch:
     """One padded batch. A response token at position 0 has nothing to be predicted from and must not occur."""
@@ -60,14 +64,20 @@ def make_batch(
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Row indices of each batch: rows sorted by length, longest row x rows <= batch_tokens (one row may exceed it)."""
+    """Row indices of each batch, rows of similar length together.
+
+    longest row x rows <= batch_tokens (a single row may exceed it). A batch that is large enough to be efficient is
+    also closed before its padding passes MAX_PADDING.
+    """
     batch: list[int] = []
-    longest = 0
+    used = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        longest = max(longest, lengths[index])
-        if batch and longest * (len(batch) + 1) > batch_tokens:
+        computed = lengths[index] * (len(batch) + 1)  # sorted: the newest row is the longest
+        padded = computed - used - lengths[index] > MAX_PADDING * computed
+        if batch and (computed > batch_tokens or (padded and used >= SMALLEST_BATCH * batch_tokens)):
             yield batch
-            batch, longest = [], lengths[index]
+            batch, used = [], 0
         batch.append(index)
+        used += lengths[index]
     if batch:
         yield batch

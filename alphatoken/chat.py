@@ -40,8 +40,8 @@ class ChatRenderer:
         self.template = _chat_template(tokenizer)
         self.has_generation_marks = bool(GENERATION_MARK.search(self.template))
         ends = {*END_OF_TURN_TOKENS, tokenizer.eos_token, self._probe_end_of_turn()} - {None}
-        by_length = sorted(ends, key=len, reverse=True)
-        self._ending = re.compile(rf"(?:\s*(?:{THINK_TAG}))*(?:\s*(?:{'|'.join(map(re.escape, by_length))}))?")
+        any_end = "|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True))
+        self._ending = re.compile(rf"(?:\s*(?:{THINK_TAG}))*(?:\s*(?:{any_end})+)?")
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises BadRowError where the template refuses it."""
@@ -62,7 +62,8 @@ class ChatRenderer:
         for turn, (start, stop) in zip(turns, self._locate_contents(messages, turns, text), strict=True):
             start = min(start, self._prompt_end(messages[:turn], text, start))
             start = max(start, spans[-1][1]) if spans else start
-            spans.append((start, self._ending.match(text, stop).end()))
+            ending = self._ending.match(text, stop)
+            spans.append((start, ending.end() if ending else stop))
         return Rendered(text, spans)
 
     def _render(self, messages: list[dict], add_generation_prompt: bool, marks: bool) -> tuple[str, list[Span]]:

@@ -37,7 +37,7 @@ class ReadUnit:
     path: str
     file_index: int
     start: int
-    stop: int | None
+    stop: int  # jsonl: 0, the length is not known
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,19 @@ def load_data_set(kind: str, path: str) -> Any:
     """A datasets Dataset by `name:split`. Kept, because every unit of it asks again. Raises UserError."""
     import datasets
 
-    name, _, split = path.rpartition(":")
+    name, _, split = path.partition(":") if kind == "named" else path.rpartition(":")  # train[:10%]; s3://bucket/x:
     try:
         if kind == "named":
             return datasets.load_dataset(name, split=split)
         data_set = datasets.load_from_disk(name)
         return data_set[split] if isinstance(data_set, datasets.DatasetDict) else data_set
     except Exception as error:  # datasets raises whatever its loaders raise
-        where = "No file or folder has this name, and as a datasets name" if kind == "named" else "The saved data set"
-        raise UserError(
-            f"{name}: {where} (split {split or 'none'}) it cannot be loaded: {first_line(error)}."
-        ) from error
+        where = (
+            f"No file or folder is called {name}, and as a data set"
+            if kind == "named"
+            else f"{name} is a saved data set, but"
+        )
+        raise UserError(f"{where} (split {split or 'none'}) it cannot be loaded: {first_line(error)}.") from error
 
 
 def _read_jsonl(unit: ReadUnit) -> Iterator[Item]:
@@ -132,8 +134,9 @@ def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
         except UNREADABLE as error:
             raise UserError(f"{unit.path} changed since it was planned: {first_line(error)}.") from error
         start = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-        batches = file.iter_batches(READ_ROWS, row_groups=list(range(unit.start, unit.stop)))
-        rows = (row for batch in batches for row in batch.to_pylist())
+        # Group by group: a batch over two groups would lose the rows of a good one to a damaged one.
+        groups = (file.iter_batches(READ_ROWS, row_groups=[group]) for group in range(unit.start, unit.stop))
+        rows = (row for batches in groups for batch in batches for row in batch.to_pylist())
         yield from _stop_where_unreadable(_numbered(rows, start), start)
 
 

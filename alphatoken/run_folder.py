@@ -4,6 +4,7 @@
     OUT/data/train-<first row id>.parquet     the rows; 15 digits, so that names sort as numbers
     OUT/quarantine/quarantine-<...>.parquet   rows left out, with reasons
     OUT/token_classes.parquet                 what each token id is
+    OUT/direction.safetensors                 where score made its own
     OUT/commits/<first row id>.json           one per finished shard; gone once the run is finished
     OUT/README.md                             data card
     OUT/manifest.json                         what came out; written last: a folder with it is complete
@@ -22,7 +23,7 @@ import pyarrow as pa
 from alphatoken import storage
 from alphatoken.errors import UserError
 
-ROOT_FILES = ("run.json", "manifest.json", "README.md", "token_classes.parquet")
+ROOT_FILES = ("run.json", "manifest.json", "README.md", "token_classes.parquet", "direction.safetensors")
 SHARD_FILES = {
     "data": re.compile(r"^train-([0-9]{15})\.parquet$"),
     "quarantine": re.compile(r"^quarantine-([0-9]{15})\.parquet$"),

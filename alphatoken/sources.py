@@ -32,7 +32,7 @@ __all__ = ["ReadUnit", "SourceRow", "column_names", "data_fingerprint", "first_r
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNIT_ROWS = 10_000  # rows of a data set, or at least this many of a Parquet file, per unit
 HASHED_BYTES = 64 * 2**20  # larger files are fingerprinted by size and modification time or etag
-DATA_SET_NAME = re.compile(r"(?P<name>[^:*?\[\]]+?)(?::(?P<split>[^:]+))?")
+DATA_SET_NAME = re.compile(r"(?P<name>[^:*?\[\]]+?)(?::(?P<split>.+))?")
 # JSON files that Hugging Face puts beside the data
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -56,7 +56,8 @@ def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
     """sha256 of file names (without folders), sizes and contents; the contents of files above 64 MB are replaced by
     what the file system knows: etag or modification time. Data sets count by their own fingerprint and length.
     """
-    units = [item for item in sources_or_units if isinstance(item, ReadUnit)] or plan_units(list(sources_or_units))
+    units = [item for item in sources_or_units if isinstance(item, ReadUnit)]
+    units = units or plan_units([item for item in sources_or_units if isinstance(item, str)])
     digest = hashlib.sha256()
     for kind, path in sorted({(unit.kind, unit.path) for unit in units}, key=lambda found: found[::-1]):
         digest.update(f"{kind}\0{basename(path)}\0".encode())
@@ -165,7 +166,7 @@ def _resolve_data_set(fs: Any, name: str, split: str | None) -> Input:
 def _units_of_input(kind: str, path: str, index: int) -> list[ReadUnit]:
     if kind == "jsonl":
         _check_jsonl(path)
-        return [ReadUnit(kind, path, index, 0, None)]
+        return [ReadUnit(kind, path, index, 0, 0)]
     if kind == "parquet":
         return [ReadUnit(kind, path, index, start, stop) for start, stop in _row_group_ranges(path)]
     rows = len(load_data_set(kind, path))

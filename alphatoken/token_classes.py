@@ -22,6 +22,7 @@ END_OF_TURN_TOKENS = (
     "<|return|>",
     "<|end_of_text|>",
     "<|END_OF_TURN_TOKEN|>",
+    "<|END_RESPONSE|>",  # Cohere: before the one above
     "<end_of_turn>",
     "<turn|>",
     "<eos>",

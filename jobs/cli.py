@@ -1,7 +1,7 @@
 """Arguments in, one configuration object out: the command line of a stage, made from its pydantic class.
 
 Every field is an option in kebab-case. `--config FILE.yaml` gives the same names; the command line wins. A run can be
-repeated from its own manifest.json in the same way. pydantic checks types and ranges; problems become one sentence each.
+repeated from its own manifest.json in the same way. pydantic checks types and ranges; each problem is one sentence.
 """
 
 import argparse
@@ -85,9 +85,15 @@ def run(
         return _report(prog, [_sentence(problem) for problem in error.errors()], WRONG_USE, debug)
     except UserError as error:
         return _report(prog, [str(error)], WRONG_USE, debug)
-    except Exception as error:  # noqa: BLE001: the last stop before the shell
+    except Exception as error:
         text = f"{type(error).__name__}: {error} (--debug shows where)"
         return _report(prog, [text], FAILED, debug)
+
+
+def show_tensor_file(config: Any, provenance: dict) -> None:
+    """What direction and fisher say when they are done."""
+    text = f"{provenance['kind']} of {provenance['parameters']} from {provenance['num_rows']} rows"
+    sys.stdout.write(f"{text} ({provenance['num_tokens']} response tokens): {config.output}\n")
 
 
 def did_you_mean(name: str, choices: Sequence[str] | dict[str, Any]) -> str:

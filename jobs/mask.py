@@ -1,9 +1,10 @@
 """Which scored tokens are kept: `alphatoken mask --input SCORED --output MASKED`."""
 
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":  # `python jobs/mask.py` puts jobs/ first on the path; the packages are one folder up
-    sys.path[0] = __file__.rsplit("/", 2)[0] if __file__.count("/") > 1 else "."
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from alphatoken.config import MaskConfig
 from jobs import cli

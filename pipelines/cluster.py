@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from ray.exceptions import RayError
 from alphatoken.errors import UserError
 
 LOCAL_CPUS = 4  # logical: Ray Data needs a few slots for its stages to overlap, also on a small machine
+
+REMOTE_USER_ERROR = re.compile(r"^\s*alphatoken\.errors\.UserError: (.+)$", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +33,48 @@ def _start_local(num_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's default of hiding GPUs from tasks that ask for none changes soon; say which one is meant.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side reports routine events as errors
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
 def _quiet_ray_data() -> None:
     from ray.data import DataContext
 
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that the bars are off
     DataContext.get_current().enable_progress_bars = False
     DataContext.get_current().print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
+def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:
+    """Threads of an actor that computes on a CPU: the machine's cores shared out where all actors run on it.
+
+    Ray's own default is the actor's logical CPUs, of which a small machine is given more than it has cores.
+    """
+    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return max(1, (os.cpu_count() or 1) // actors if alone else int(cpus_per_actor))
+
+
+def prepare_worker(threads: int) -> None:
+    """What a process does first that is about to load a model."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()  # many actors would each draw one
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A UserError raised in a Ray task comes out as itself, without Ray's wrapping and remote traceback."""
+    """A UserError raised in a Ray task or actor comes out as itself: one sentence, no remote traceback.
+
+    Ray Data wraps what a task raises and the wrapper loses its cause on the way to the driver; the sentence survives
+    only in the text of the remote traceback.
+    """
     try:
         yield
     except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            inner = getattr(cause, "cause", None) or cause.__cause__
-            if isinstance(inner, UserError) and not isinstance(inner, RayError):
-                raise inner from None
-            cause = inner
+        found = REMOTE_USER_ERROR.findall(str(error))
+        if found:
+            raise UserError(found[-1]) from None
         raise

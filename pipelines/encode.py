@@ -1,0 +1,132 @@
+"""Input files to a stream of encoded rows: CPU tasks, one per read unit, in the order of the file.
+
+A row that cannot be used travels on as a row with a `reason`, so that every row id reaches a commit record.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from alphatoken import schema
+from alphatoken.config import DataOptions
+from alphatoken.encode import Encoded, Encoder
+from alphatoken.errors import BadRowError
+from alphatoken.model import load_config, load_tokenizer
+from alphatoken.sources import ReadUnit, SourceRow, read_unit
+
+ROWS_PER_TABLE = 64
+# What the rest of the pipeline needs to know of a row beside its tokens; gone in the output.
+ORIGIN = [
+    pa.field("source", pa.string()),
+    pa.field("position", pa.int64()),
+    pa.field("reason", pa.string()),  # null: the row is good
+]
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """Everything that an encoding task needs; small, sent to every task."""
+
+    model: str
+    trust_remote_code: bool
+    options: DataOptions
+    keep_columns: tuple[str, ...] = ()
+    finished: tuple[tuple[int, int], ...] = ()  # runs of row ids that an earlier attempt has committed
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        kept = [pa.field(name, pa.string()) for name in self.keep_columns]
+        return pa.schema([*schema.ENCODED, *kept, *ORIGIN])
+
+
+def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
+    """The encoder of a model's tokenizer; its configuration alone is read, not its weights."""
+    config = load_config(model, trust_remote_code)
+    return Encoder(load_tokenizer(model, trust_remote_code), options, config.get_text_config().vocab_size)
+
+
+def encoded_dataset(units: list[ReadUnit], plan: EncodePlan, block_bytes: int) -> ray.data.Dataset:
+    """A lazy Dataset of `plan.arrow_schema`; blocks of about `block_bytes`, each a run of consecutive rows."""
+    dataset = ray.data.from_items([{"unit": index} for index in range(len(units))], override_num_blocks=len(units))
+    dataset.context.target_max_block_size = block_bytes
+    # A CPU share of its own keeps Ray from fusing this stage into the scoring actors.
+    return dataset.map_batches(
+        encode_units, batch_size=1, batch_format="numpy", fn_kwargs={"units": units, "plan": plan}, num_cpus=0.5
+    )
+
+
+def encode_units(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: EncodePlan) -> Iterator[pa.Table]:
+    """The Ray Data stage."""
+    encoder = make_encoder(plan.model, plan.options, plan.trust_remote_code)
+    for index in batch["unit"]:
+        rows = _unfinished(read_unit(units[int(index)]), plan.finished)
+        records: list[dict] = []
+        for row in rows:
+            records.append(encode_row(row, encoder, plan.keep_columns))
+            if len(records) == ROWS_PER_TABLE:
+                yield pa.Table.from_pylist(records, schema=plan.arrow_schema)
+                records = []
+        if records:
+            yield pa.Table.from_pylist(records, schema=plan.arrow_schema)
+
+
+def encode_row(row: SourceRow, encoder: Encoder, keep_columns: Iterable[str] = ()) -> dict:
+    """One record of the stream; `reason` says why a row is unusable."""
+    record = {
+        "row_id": row.row_id,
+        "id": row_name(row),
+        "source": row.source,
+        "position": row.position,
+        "reason": row.error,
+        "input_ids": [],
+        "response_mask": [],
+        "truncated": False,
+    }
+    if row.data is None:
+        return record
+    record |= {name: _as_text(row.data.get(name)) for name in keep_columns}
+    try:
+        encoded = encoder.encode(row.data)
+    except BadRowError as error:
+        return record | {"reason": str(error)}
+    return record | {
+        "input_ids": encoded.input_ids,
+        "response_mask": encoded.response_mask,
+        "truncated": encoded.truncated,
+    }
+
+
+def row_name(row: SourceRow) -> str:
+    """The row's own id, else its place."""
+    own = None if row.data is None else row.data.get("id")
+    return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
+
+
+def good_rows(units: list[ReadUnit], encoder: Encoder, refused: list[str]) -> Iterator[tuple[int, Encoded]]:
+    """(row id, encoded row) of the usable rows; the others' places and reasons are added to `refused`."""
+    for unit in units:
+        for row in read_unit(unit):
+            try:
+                if row.data is None:
+                    raise BadRowError(row.error)
+                yield row.row_id, encoder.encode(row.data)
+            except BadRowError as error:
+                refused.append(f"{row.source}, row {row.position}: {error}")
+
+
+def _unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:
+    firsts = np.array([first for first, _ in finished], dtype=np.int64)
+    lasts = np.array([last for _, last in finished], dtype=np.int64)
+    for row in rows:
+        place = int(np.searchsorted(firsts, row.row_id, side="right")) - 1
+        if place < 0 or row.row_id > lasts[place]:
+            yield row
+
+
+def _as_text(value: object) -> str | None:
+    """Carried columns are strings, so that files with different types make one table."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

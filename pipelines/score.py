@@ -1,0 +1,255 @@
+"""Rows in, valued rows out: encode on CPU tasks, score on an actor pool, write shards.
+
+    files -> encode_units (CPU tasks) -> Scorer (actors, model loaded once) -> write_block (CPU tasks) -> commit records
+
+Every block is a run of consecutive rows and becomes one shard with a commit record; a run that was cut off starts
+again with the rows that no record names. The driver sees counts only.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+import torch
+
+from alphatoken import manifest as manifests
+from alphatoken import schema, storage, tensor_file, token_classes
+from alphatoken.config import DataOptions, ScoreConfig
+from alphatoken.encode import check_source
+from alphatoken.errors import UserError
+from alphatoken.model import default_device, end_of_turn_ids, load_config, load_model, load_tokenizer
+from alphatoken.run_folder import RunFolder, row_id_runs
+from alphatoken.scoring import build_estimator, default_parameters, score_table
+from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
+from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
+from pipelines.direction import DirectionWorker, direction_identity
+from pipelines.encode import ORIGIN, EncodePlan, encoded_dataset
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_TOKEN = 5  # of an encoded row: int32 id and one byte of mask
+SMALL_SHARD, LARGE_SHARD = 8_192, 1_048_576  # tokens per shard, for inputs below and above SMALL_INPUT bytes
+SMALL_INPUT = 64 * 2**20
+# Settings that change where and how fast, but not what is written.
+NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens", "shard_tokens"}
+ORIGIN_NAMES = [field.name for field in ORIGIN]
+
+Progress = Callable[[dict], None]  # called with running counts after every shard
+
+
+def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
+    """Write the SCORED folder `config.output` and return its manifest. Resumes a run that was cut off.
+
+    Raises UserError for anything that can be known to be wrong before the actors start.
+    """
+    started = time.monotonic()
+    units = plan_units(config.data)
+    parameters = _check_inputs(config, units)
+    folder = RunFolder(storage.absolute(config.output))
+    connect()
+    with user_errors():
+        prepared = _prepare(config, parameters, folder)
+        if prepared.state == "finished":
+            logger.info("%s is already finished", folder.uri)
+            return folder.manifest()
+        _write_token_classes(config, folder)
+        _score_units(units, config, prepared.direction_path, folder, progress)
+    counts = _counts(folder)
+    manifest = manifests.build_manifest(
+        "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
+        extra={"parameters": parameters},
+    )  # fmt: skip
+    columns = storage.read_schema(storage.list_shards(folder.uri)[0])
+    folder.finish(manifest, manifests.data_card("score", manifest, columns))
+    return manifest
+
+
+def _check_inputs(config: ScoreConfig, units: list[ReadUnit]) -> str | None:
+    """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    check_source(units, config, tokenizer)
+    if config.validation:
+        check_source(plan_units(config.validation), config, tokenizer)
+    token_classes.check_class_names(config.class_weights)
+    if config.estimator not in ("exact", "value_propagation"):
+        return None
+    parameters = config.parameters
+    for path, kind in ((config.direction, "direction"), (config.fisher, "fisher")):
+        if path:
+            found = tensor_file.read_provenance(path, kind).parameters
+            parameters = parameters or found
+            if found != parameters:
+                raise UserError(f"{path} covers --parameters {found}, this run scores {parameters}; make it again")
+    return parameters or default_parameters(config.estimator)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    state: str  # new, resume or finished
+    fingerprints: dict
+    direction_path: str | None
+
+
+def _prepare(config: ScoreConfig, parameters: str | None, folder: RunFolder) -> _Prepared:
+    """Identify the checkpoint, open the output folder for this run and make the direction if none was given."""
+    worker = DirectionWorker.options(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor).remote(config, torch_threads())
+    positions = config.positions or ("response" if config.estimator == "value_propagation" else "all")
+    fingerprints = {
+        "model": ray.get(worker.fingerprint.remote()),
+        "data": data_fingerprint(config.data),
+        "validation": data_fingerprint(config.validation) if config.validation else None,
+        "direction": _file_identity(config.direction, "direction"),
+        "fisher": _file_identity(config.fisher, "fisher"),
+    }
+    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"parameters": parameters}
+    identity = {"stage": "score", "config": settings, "fingerprints": fingerprints}
+    state = folder.open(identity, config.overwrite)
+    path = config.direction
+    if state != "finished" and config.validation and parameters:
+        path = storage.join(folder.uri, "direction.safetensors")
+        if not storage.exists(path):
+            logger.info("computing the direction from %s", ", ".join(config.validation))
+            ray.get(worker.make.remote(config, config.validation, parameters, positions, path))
+    ray.kill(worker)
+    return _Prepared(state, fingerprints | {"direction_settings": direction_identity(config, positions)}, path)
+
+
+def _file_identity(path: str | None, kind: str) -> dict | None:
+    return tensor_file.read_provenance(path, kind).__dict__ if path else None
+
+
+def _write_token_classes(config: ScoreConfig, folder: RunFolder) -> None:
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    model_config = load_config(config.model, config.trust_remote_code)
+    ends = end_of_turn_ids(model_config, tokenizer)
+    table = token_classes.token_class_table(tokenizer, ends, model_config.get_text_config().vocab_size)
+    storage.write_table(table, storage.join(folder.uri, "token_classes.parquet"))
+
+
+def _score_units(
+    units: list[ReadUnit], config: ScoreConfig, direction_path: str | None, folder: RunFolder, progress: Progress | None
+) -> None:
+    finished = tuple((first, last) for first, last in folder.finished_row_ids())
+    if finished:
+        logger.info("resuming: %d rows were already scored", sum(last - first + 1 for first, last in finished))
+    options = DataOptions(**config.model_dump(include=set(DataOptions.model_fields)))
+    plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished)
+    low, high = config.actor_range
+    threads = torch_threads(high, config.cpus_per_actor)
+    scored = encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)).map_batches(
+        Scorer,
+        fn_constructor_kwargs={"config": config, "direction_path": direction_path, "threads": threads},
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=high) if low == high else ray.data.ActorPoolStrategy(low, high),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor,
+    )
+    written = scored.map_batches(
+        write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"output": folder.uri}, num_cpus=0.5
+    )
+    total: Counter = Counter()
+    for record in folder.commits():
+        total.update(record["counts"])
+    for row in written.iter_rows():
+        total.update({name: value for name, value in row.items() if isinstance(value, int | float)})
+        if progress:
+            progress(dict(total))
+
+
+def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
+    """About how many tokens a shard has: small inputs get small shards, so that every actor has work."""
+    if config.shard_tokens:
+        return config.shard_tokens
+    size = 0
+    for path in {unit.path for unit in units if unit.kind in ("jsonl", "parquet")}:
+        fs, inner = storage.filesystem(path)
+        size += fs.size(inner) or 0
+    return LARGE_SHARD if size > SMALL_INPUT else SMALL_SHARD
+
+
+class Scorer:
+    """The scoring actor: model, direction and drift are loaded once."""
+
+    def __init__(self, config: ScoreConfig, direction_path: str | None, threads: int) -> None:
+        prepare_worker(threads)
+        self.config = config
+        device = default_device() if config.gpus_per_actor else torch.device("cpu")
+        scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        self.device = device
+        self.estimator = build_estimator(config, scoring, direction_path)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """One block of encoded rows; refused rows pass through with their reason."""
+        started = time.monotonic()
+        good = pc.is_null(block["reason"])
+        scored, failures, computed = score_table(
+            block.filter(good), self.estimator, self.config.batch_tokens, self.device, self.config.terms
+        )
+        reasons = [failures.get(index) for index in range(scored.num_rows)]
+        scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+        refused = block.filter(pc.invert(good))
+        result = pa.concat_tables([scored, refused], promote_options="default")
+        cost = {"seconds": time.monotonic() - started, "computed_positions": computed}
+        share = 1 / max(1, result.num_rows)  # block totals, spread over its rows: metadata does not travel
+        for name, value in cost.items():
+            result = result.append_column(name, pa.array(np.full(result.num_rows, value * share)))
+        return result
+
+
+def write_block(block: pa.Table, output: str) -> dict[str, list]:
+    """Write one shard and its commit record; returns its counts as one row."""
+    if not block.num_rows:
+        return {}
+    block = block.sort_by("row_id")
+    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in ("seconds", "computed_positions")}
+    good = pc.is_null(block["reason"])
+    data = block.filter(good).drop_columns([*ORIGIN_NAMES, *cost])
+    refused = block.filter(pc.invert(good))
+    quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
+        "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
+    )
+    counts = {
+        "rows_in": block.num_rows,
+        "rows_out": data.num_rows,
+        "rows_quarantined": quarantine.num_rows,
+        "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
+        "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
+        "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
+        "computed_positions": round(cost["computed_positions"]),
+        "scoring_seconds": round(cost["seconds"], 4),
+    }
+    record = {
+        "first_row_id": int(block["row_id"][0].as_py()),
+        "row_ids": row_id_runs(block["row_id"].to_numpy()),
+        "counts": counts,
+        "reasons": dict(Counter(refused["reason"].to_pylist())),
+    }
+    RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
+    return {name: [value] for name, value in counts.items()}
+
+
+def _had_tokens(table: pa.Table) -> list[bool]:
+    return [bool(n) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+
+
+def _counts(folder: RunFolder) -> dict:
+    """Sums over all commit records, those of earlier attempts included."""
+    total: Counter = Counter()
+    reasons: Counter = Counter()
+    for record in folder.commits():
+        total.update(record["counts"])
+        reasons.update(record["reasons"])
+    if not total["rows_out"]:
+        shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
+        raise UserError(f"no row could be scored: {shown}")
+    counts = {name: round(value, 3) for name, value in total.items()}
+    return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

@@ -1,0 +1,155 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from alphatoken.config import MaskConfig, ScoreConfig
+from alphatoken.errors import UserError
+from jobs import cli, main
+
+ROOT = Path(__file__).parents[1]
+GIVEN = ["--input", "scored", "--output", "masked"]
+
+
+def parse(argv, config_class=MaskConfig):
+    """The configuration that `argv` makes."""
+    seen = []
+    code = cli.run(config_class, lambda config: seen.append(config), argv)
+    assert code == 0
+    return seen[0]
+
+
+def refused(argv, capsys, config_class=MaskConfig):
+    """What stderr says of `argv`, line by line."""
+    assert cli.run(config_class, lambda config: None, argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err.splitlines()
+
+
+def test_every_kind_of_option():
+    config = parse([*GIVEN, "--keep-fraction", "0.5", "--min-value", "-1e-3", "--protect", "word", "newline",
+                    "--protect", "end-of-turn", "--weights", "--no-overwrite", "--scope=dataset"])  # fmt: skip
+    assert config.keep_fraction == 0.5 and config.min_value == -1e-3
+    assert config.protect == ["word", "newline", "end-of-turn"]
+    assert config.weights is True and config.overwrite is False and config.scope == "dataset"
+    score = parse(
+        ["--output", "o", "--model", "m", "--data", "a", "b", "--validation", "v",
+         "--class-weights", "end-of-turn=0", "word=1.5", "--columns", "prompt=a=b"], ScoreConfig
+    )  # fmt: skip
+    assert score.class_weights == {"end-of-turn": 0.0, "word": 1.5}
+    assert score.columns == {"prompt": "a=b"} and score.data == ["a", "b"]
+
+
+def test_yaml_and_precedence(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("input: a\nkeep-fraction: 0.3\nstability_weight: 2\nprotect: [word]\noutput: b\n")
+    config = parse(["--config", str(file), "--stability-weight", "0.5", "--output", "c"])
+    assert (config.input, config.output) == ("a", "c")
+    assert (config.keep_fraction, config.stability_weight, config.protect) == (0.3, 0.5, ["word"])
+    file.write_text("preset: paper\n")
+    assert parse([*GIVEN, "--config", str(file)]).keep_fraction == 0.5
+    file.write_text("num_actors: 2\nmodel: m\ndata: [a]\nvalidation: [v]\noutput: o\n")
+    assert parse(["--config", str(file)], ScoreConfig).num_actors == "2"
+
+
+def test_a_manifest_is_a_config_file(tmp_path):
+    config = MaskConfig(input="i", output="o", keep_fraction=0.4, min_value=0.1)
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps({"stage": "mask", "counts": {}, "config": config.model_dump(mode="json")}))
+    assert parse(["--config", str(file)]) == config
+
+
+def test_errors_are_sentences(capsys, tmp_path):
+    assert refused([*GIVEN, "--keep-fraction", "1.5"], capsys) == [
+        "alphatoken mask: --keep-fraction 1.5: input should be less than or equal to 1"
+    ]
+    assert refused([], capsys) == ["alphatoken mask: --output is required", "alphatoken mask: --input is required"]
+    assert "--scope batch: input should be 'sequence' or 'dataset'" in refused([*GIVEN, "--scope", "batch"], capsys)[0]
+    assert "--keep-fractoin; did you mean --keep-fraction?" in refused([*GIVEN, "--keep-fractoin", "1"], capsys)[0]
+    assert "--output: expected one argument" in refused(["--input", "a", "--output"], capsys)[0]
+    score = ["--output", "o", "--model", "m", "--data", "a"]
+    assert "give either --validation" in refused(score, capsys, ScoreConfig)[0]
+    assert "last-layers:K" in refused([*score, "--parameters", "q"], capsys, ScoreConfig)[0]
+    assert "--columns prompt: give it as KEY=VALUE" in refused([*score, "--columns", "prompt"], capsys, ScoreConfig)[0]
+    assert "unknown option stray" in refused([*GIVEN, "stray"], capsys)[0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("keep_fractoin: 1", "unknown name keep_fractoin; did you mean keep_fraction?"),
+        ("- 1", "has to be a mapping"),
+        ("a: [", "is not valid YAML"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_config_files(tmp_path, capsys, content, message):
+    file = tmp_path / "c.yaml"
+    if content:
+        file.write_text(content)
+    lines = refused([*GIVEN, "--config", str(file)], capsys)
+    assert len(lines) == 1 and message in lines[0] and str(file) in lines[0]
+
+
+def test_results_and_exit_codes(capsys):
+    class Config(BaseModel):
+        """Nothing."""
+
+    def fail(error):
+        def main(config):
+            raise error
+
+        return main
+
+    assert cli.run(Config, lambda config: {"a": 1}, ["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    shown = []
+    assert cli.run(Config, lambda config: {"a": 1}, [], show=lambda config, result: shown.append(result)) == 0
+    assert shown == [{"a": 1}] and capsys.readouterr().out == ""
+    assert cli.run(Config, fail(UserError("no such thing")), []) == 2
+    assert capsys.readouterr().err == "alphatoken : no such thing\n"
+    assert cli.run(Config, fail(KeyError("x")), []) == 1
+    assert "KeyError: 'x' (--debug shows where)" in capsys.readouterr().err
+    assert cli.run(Config, fail(KeyError("x")), ["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert cli.run(Config, fail(KeyboardInterrupt()), []) == 130
+
+
+def test_help_says_default_choices_and_required(capsys):
+    assert cli.run(MaskConfig, lambda config: None, ["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "share of response tokens to keep (the paper's rho) (default: 0.8)" in text
+    assert "(one of sequence, dataset; default: sequence)" in text
+    assert "(required)" in text and "--weights, --no-weights" in text
+
+
+def test_unknown_command(capsys):
+    assert main.main(["maks"]) == 2
+    assert capsys.readouterr().err == "alphatoken: unknown command maks; did you mean mask?\n"
+    assert main.main(["zzz"]) == 2
+    assert "there are fisher, direction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["mask", "--help"], ["mask", "--keep-fraction", "9"]])
+def test_help_and_errors_load_nothing_heavy(argv):
+    code = (
+        "import sys; from jobs.main import main; code = main(sys.argv[1:]); "
+        "loaded = {'torch', 'ray', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules); "
+        "sys.exit(f'loaded {loaded}' if loaded else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert "loaded" not in done.stderr
+    assert done.returncode == (2 if "9" in argv else 0)
+
+
+def test_a_job_runs_as_a_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "mask.py"), "--input", "none", "--output", "out"],
+        cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "none does not exist or is empty" in done.stderr.splitlines()[-1]
