@@ -77,7 +77,7 @@ def layer_linears(model: PreTrainedModel) -> list[list[ScoredLinear]]:
         }
         if unseen:
             described = ", ".join(
-                f"{name} of shape {tuple(parameter.shape)} in {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
+                f"{name} of shape {tuple(parameter.shape)} in {_owner(model, name)}"
                 for name, parameter in unseen.items()
             )
             raise UserError(
@@ -86,6 +86,10 @@ def layer_linears(model: PreTrainedModel) -> list[list[ScoredLinear]]:
             )
         result.append(linears)
     return result
+
+
+def _owner(model: PreTrainedModel, parameter: str) -> str:
+    return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
 
 
 def first_scored_layer(model: PreTrainedModel, parameters: str) -> int:

@@ -67,9 +67,7 @@ def differentiable() -> Iterator[None]:
         _differentiable.reset(token)
 
 
-def attention_scores(
-    inputs: AttentionInputs, start: int, stop: int, first_key: int, last_key: int
-) -> torch.Tensor:
+def attention_scores(inputs: AttentionInputs, start: int, stop: int, first_key: int, last_key: int) -> torch.Tensor:
     """Logits of queries [start, stop) on keys [first_key, last_key): BHQK, masked entries at the dtype's minimum."""
     groups = inputs.query.shape[1] // inputs.key.shape[1]
     key = repeat_kv(inputs.key[:, :, first_key:last_key], groups)

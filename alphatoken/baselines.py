@@ -1,9 +1,9 @@
 """Signals that tokens are ranked by elsewhere, behind the same interface: the controls for every claim.
 
-    loss           l_t
-    entropy        entropy of the prediction at t
-    excess_loss    l_t - l_t of a reference model (Rho-1, arXiv 2404.07965)
-    random         uniform in [0, 1) by (seed, row_id), the same in whatever batch the row is
+loss           l_t
+entropy        entropy of the prediction at t
+excess_loss    l_t - l_t of a reference model (Rho-1, arXiv 2404.07965)
+random         uniform in [0, 1) by (seed, row_id), the same in whatever batch the row is
 """
 
 import hashlib

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
 MAX_PADDING = 0.03  # of the computed positions
 SMALLEST_BATCH = 1 / 16  # of the token budget: below this, padding is cheaper than another batch
 

@@ -25,7 +25,9 @@ def diagonal_fisher(scoring: ScoringModel, batches: Iterable[Batch], parameters:
         UserError: `parameters` has more than linear weights, or there is no row.
     """
     if parameters == "all":
-        raise UserError("the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear")
+        raise UserError(
+            "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
+        )
     linears = scored_linears(scoring.model, parameters)
     total: Tensors = {}
     num_rows, num_tokens = 0, 0

@@ -2,7 +2,7 @@
 
 With z = W h + b the logits of one position and y its target:
 
-    l = logsumexp(z) - z[y],    dl/dh = W^T (softmax(z) - onehot(y)),    l' along (h', W', b') = dl/dh . h' + dl/dW . W' + ...
+    l = logsumexp(z) - z[y],    dl/dh = W^T (softmax(z) - onehot(y)),    l' along (h', W') = dl/dh . h' + dl/dW . W'
 
 Rows are processed in chunks, so memory does not grow with rows x vocabulary.
 N response tokens, D hidden width, V vocabulary.

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.head import LossHead, check_head
+from alphatoken.readers import first_line
 
 FINGERPRINT_SAMPLES = 2**16  # elements read per tensor: enough to see any training step, quick on a large model
 
@@ -59,7 +60,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error
     return prepare_model(model.to(device))
 
 
@@ -72,32 +73,8 @@ def prepare_model(model: PreTrainedModel) -> ScoringModel:
     return ScoringModel(model, head)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
-
-
-def load_config(name: str, trust_remote_code: bool = False):
-    """The model's configuration, without its weights. Raises UserError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the configuration of model {name!r}: {_first_line(error)}") from error
-
-
-def end_of_turn_ids(model_config, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids with which the model may end its turn."""
-    ids: set[int] = set()
-    for found in (model_config.get_text_config().eos_token_id, tokenizer.eos_token_id):
-        ids.update(found if isinstance(found, list) else [] if found is None else [found])
-    return ids
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Identifies a checkpoint by samples of every weight, rounded to bfloat16: the same in whatever dtype it is loaded."""
+    """Identifies a checkpoint by samples of every weight in bfloat16: the same in whatever dtype it is loaded."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
@@ -106,7 +83,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

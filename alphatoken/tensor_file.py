@@ -96,7 +96,9 @@ def _parse_header(raw: bytes, path: str, kind: str) -> Provenance:
     try:
         provenance = Provenance(**json.loads(json.loads(raw)["__metadata__"][PROVENANCE_KEY]))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} is not a {kind} file that AlphaToken wrote; make it with `alphatoken {kind}`") from error
+        raise UserError(
+            f"{path} is not a {kind} file that AlphaToken wrote; make it with `alphatoken {kind}`"
+        ) from error
     if provenance.kind != kind:
         raise UserError(f"{path} holds a {provenance.kind}, not a {kind}")
     return provenance

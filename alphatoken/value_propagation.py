@@ -38,7 +38,9 @@ class ValuePropagation:
     def _prepare(self, tensors: Tensors) -> Tensors:
         """(D_out, D_in), contiguous, in the dtype of the matrix products."""
         return {
-            linear.name: linear.from_native(tensors[linear.name]).to(self.scoring.device, self.scoring.dtype).contiguous()
+            linear.name: linear.from_native(tensors[linear.name])
+            .to(self.scoring.device, self.scoring.dtype)
+            .contiguous()
             for linear in self.linears
         }
 
@@ -58,7 +60,9 @@ class ValuePropagation:
     def _terms(self, captured: Captured, batch: Batch) -> dict[str, torch.Tensor]:
         """The four terms, each N; stability's only where there is drift."""
         terms = {
-            f"{name}_{path}": torch.zeros_like(captured.losses) for name in self.directions for path in ("direct", "causal")
+            f"{name}_{path}": torch.zeros_like(captured.losses)
+            for name in self.directions
+            for path in ("direct", "causal")
         }
         where = batch.predicting
         for linear in self.linears:

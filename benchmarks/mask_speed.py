@@ -6,13 +6,13 @@ Values are random; rows have 50 to 150 response tokens after a prompt of 20.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # `python benchmarks/mask_speed.py`: the packages are one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import pyarrow as pa

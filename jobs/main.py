@@ -10,6 +10,8 @@ COMMANDS = {
     "direction": ("jobs.direction", "validation direction: where training should go"),
     "score": ("jobs.score", "adaptation and stability of every response token"),
     "mask": ("jobs.mask", "choose which scored tokens are trained on"),
+    "train": ("jobs.train", "SFT or DPO on the tokens that were kept"),
+    "evaluate": ("jobs.evaluate", "loss, multiple choice and exact answers of models, before and after"),
     "show": ("jobs.show", "look at values and masks, token by token"),
     "demo": ("jobs.demo", "score and mask the embedded data with the embedded model"),
 }

@@ -23,7 +23,13 @@ def score_with_progress(config: ScoreConfig, total_rows: int | None = None) -> d
     from pipelines.score import run_score  # imports Ray and torch: not before the arguments are right
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting (model, direction)", total=total_rows)
         begun: list[tuple[float, int]] = []
@@ -33,7 +39,9 @@ def score_with_progress(config: ScoreConfig, total_rows: int | None = None) -> d
             (start, first), (now, tokens) = begun[0], begun[-1]
             rate = f", {(tokens - first) / (now - start):,.0f} tokens/s" if now > start else ""
             refused = f", {counts['rows_quarantined']} in quarantine" if counts["rows_quarantined"] else ""
-            bar.update(task, completed=counts["rows_in"], description=f"scored {counts['rows_out']} rows{refused}{rate}")
+            bar.update(
+                task, completed=counts["rows_in"], description=f"scored {counts['rows_out']} rows{refused}{rate}"
+            )
 
         return run_score(config, advance)
 

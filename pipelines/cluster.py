@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -34,7 +35,23 @@ def _start_local(num_cpus: int) -> None:
     # Ray's default of hiding GPUs from tasks that ask for none changes soon; say which one is meant.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side reports routine events as errors
+    with _packages_on_path():
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that tokens are on, its default
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _packages_on_path() -> Iterator[None]:
+    """Ray's workers inherit PYTHONPATH but not sys.path: `python jobs/x.py` from any folder needs ours there."""
+    root, before = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
+    if not root.endswith("-packages"):  # installed: found without help
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, before]))
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH", None)
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _quiet_ray_data() -> None:
@@ -44,6 +61,7 @@ def _quiet_ray_data() -> None:
     DataContext.get_current().enable_progress_bars = False
     DataContext.get_current().print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
 
 
 def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:

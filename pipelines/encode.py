@@ -15,8 +15,8 @@ from alphatoken import schema
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.errors import BadRowError
-from alphatoken.model import load_config, load_tokenizer
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
+from alphatoken.tokenizer import load_config, load_tokenizer
 
 ROWS_PER_TABLE = 64
 # What the rest of the pipeline needs to know of a row beside its tokens; gone in the output.

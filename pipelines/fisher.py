@@ -12,8 +12,9 @@ from alphatoken.config import FisherConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.fisher import diagonal_fisher, sample_responses
-from alphatoken.model import end_of_turn_ids, fingerprint, load_model, load_tokenizer
+from alphatoken.model import fingerprint, load_model
 from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.tokenizer import end_of_turn_ids, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import one_accelerator, report_refused
 from pipelines.encode import good_rows, make_encoder
@@ -22,7 +23,9 @@ from pipelines.encode import good_rows, make_encoder
 def run_fisher(config: FisherConfig) -> dict:
     """Sample, accumulate and save; returns the provenance as a dictionary."""
     if config.parameters == "all":
-        raise UserError("the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear")
+        raise UserError(
+            "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
+        )
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     check_source(plan_units(config.prompts), config, tokenizer)
     connect()

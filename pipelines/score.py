@@ -20,17 +20,19 @@ import ray.data
 import torch
 
 from alphatoken import manifest as manifests
-from alphatoken import schema, storage, tensor_file, token_classes
+from alphatoken import storage, tensor_file, token_classes
 from alphatoken.config import DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
-from alphatoken.model import default_device, end_of_turn_ids, load_config, load_model, load_tokenizer
-from alphatoken.run_folder import RunFolder, row_id_runs
+from alphatoken.model import default_device, fingerprint, load_model
+from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
+from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction import DirectionWorker, direction_identity
-from pipelines.encode import ORIGIN, EncodePlan, encoded_dataset
+from pipelines.direction import direction_identity, make_direction
+from pipelines.encode import EncodePlan, encoded_dataset
+from pipelines.shards import COST, total_counts, write_block
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,6 @@ SMALL_SHARD, LARGE_SHARD = 8_192, 1_048_576  # tokens per shard, for inputs belo
 SMALL_INPUT = 64 * 2**20
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens", "shard_tokens"}
-ORIGIN_NAMES = [field.name for field in ORIGIN]
 
 Progress = Callable[[dict], None]  # called with running counts after every shard
 
@@ -61,7 +62,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
             return folder.manifest()
         _write_token_classes(config, folder)
         _score_units(units, config, prepared.direction_path, folder, progress)
-    counts = _counts(folder)
+    counts = total_counts(folder)
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
         extra={"parameters": parameters},
@@ -99,26 +100,36 @@ class _Prepared:
 
 def _prepare(config: ScoreConfig, parameters: str | None, folder: RunFolder) -> _Prepared:
     """Identify the checkpoint, open the output folder for this run and make the direction if none was given."""
-    worker = DirectionWorker.options(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor).remote(config, torch_threads())
+    resources = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
+    return ray.get(_prepare_task.options(**resources).remote(config, parameters, folder.uri, torch_threads()))
+
+
+@ray.remote
+def _prepare_task(config: ScoreConfig, parameters: str | None, output: str, threads: int) -> _Prepared:
+    prepare_worker(threads)
+    device = default_device() if config.gpus_per_actor else torch.device("cpu")
+    scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
     positions = config.positions or ("response" if config.estimator == "value_propagation" else "all")
     fingerprints = {
-        "model": ray.get(worker.fingerprint.remote()),
+        "model": fingerprint(scoring.model),
         "data": data_fingerprint(config.data),
         "validation": data_fingerprint(config.validation) if config.validation else None,
         "direction": _file_identity(config.direction, "direction"),
         "fisher": _file_identity(config.fisher, "fisher"),
+        "direction_settings": direction_identity(config, positions),
     }
+    if config.direction:
+        provenance = tensor_file.read_provenance(config.direction, "direction")
+        tensor_file.check_matches(provenance, config.direction, fingerprints["model"], parameters)
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"parameters": parameters}
-    identity = {"stage": "score", "config": settings, "fingerprints": fingerprints}
-    state = folder.open(identity, config.overwrite)
+    folder = RunFolder(output)
+    state = folder.open({"stage": "score", "config": settings, "fingerprints": fingerprints}, config.overwrite)
     path = config.direction
     if state != "finished" and config.validation and parameters:
-        path = storage.join(folder.uri, "direction.safetensors")
+        path = storage.join(output, "direction.safetensors")
         if not storage.exists(path):
-            logger.info("computing the direction from %s", ", ".join(config.validation))
-            ray.get(worker.make.remote(config, config.validation, parameters, positions, path))
-    ray.kill(worker)
-    return _Prepared(state, fingerprints | {"direction_settings": direction_identity(config, positions)}, path)
+            make_direction(scoring, config, parameters, positions, path)
+    return _Prepared(state, fingerprints, path)
 
 
 def _file_identity(path: str | None, kind: str) -> dict | None:
@@ -198,58 +209,6 @@ class Scorer:
         scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
         refused = block.filter(pc.invert(good))
         result = pa.concat_tables([scored, refused], promote_options="default")
-        cost = {"seconds": time.monotonic() - started, "computed_positions": computed}
-        share = 1 / max(1, result.num_rows)  # block totals, spread over its rows: metadata does not travel
-        for name, value in cost.items():
-            result = result.append_column(name, pa.array(np.full(result.num_rows, value * share)))
+        for name, value in zip(COST, (time.monotonic() - started, computed), strict=True):
+            result = result.append_column(name, pa.array(np.full(result.num_rows, value / max(1, result.num_rows))))
         return result
-
-
-def write_block(block: pa.Table, output: str) -> dict[str, list]:
-    """Write one shard and its commit record; returns its counts as one row."""
-    if not block.num_rows:
-        return {}
-    block = block.sort_by("row_id")
-    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in ("seconds", "computed_positions")}
-    good = pc.is_null(block["reason"])
-    data = block.filter(good).drop_columns([*ORIGIN_NAMES, *cost])
-    refused = block.filter(pc.invert(good))
-    quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
-        "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
-    )
-    counts = {
-        "rows_in": block.num_rows,
-        "rows_out": data.num_rows,
-        "rows_quarantined": quarantine.num_rows,
-        "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
-        "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
-        "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
-        "computed_positions": round(cost["computed_positions"]),
-        "scoring_seconds": round(cost["seconds"], 4),
-    }
-    record = {
-        "first_row_id": int(block["row_id"][0].as_py()),
-        "row_ids": row_id_runs(block["row_id"].to_numpy()),
-        "counts": counts,
-        "reasons": dict(Counter(refused["reason"].to_pylist())),
-    }
-    RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
-    return {name: [value] for name, value in counts.items()}
-
-
-def _had_tokens(table: pa.Table) -> list[bool]:
-    return [bool(n) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
-
-
-def _counts(folder: RunFolder) -> dict:
-    """Sums over all commit records, those of earlier attempts included."""
-    total: Counter = Counter()
-    reasons: Counter = Counter()
-    for record in folder.commits():
-        total.update(record["counts"])
-        reasons.update(record["reasons"])
-    if not total["rows_out"]:
-        shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
-        raise UserError(f"no row could be scored: {shown}")
-    counts = {name: round(value, 3) for name, value in total.items()}
-    return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

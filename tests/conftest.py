@@ -1,6 +1,15 @@
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """One private Ray for all tests that need it."""
@@ -11,3 +20,16 @@ def local_ray():
     connect(num_cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A tiny random Llama with a byte-level tokenizer and the ChatML template, saved as a folder."""
+    from tiny_models import tiny_model
+    from tiny_tokenizers import CHATML, byte_level
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    tokenizer = byte_level(CHATML)
+    tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -87,3 +87,17 @@ def test_method_is_chosen_by_dtype_and_cost():
     assert choose_method("auto", torch.bfloat16, "all-linear", 30) == "forward"
     with pytest.raises(UserError, match="float32"):
         choose_method("central", torch.bfloat16, "all", 30)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_bfloat16_ranks_tokens_as_float64_does(architecture):
+    """bfloat16 keeps three digits per product: values are noisy, their order is not."""
+    model = tiny_model(architecture)
+    direction = random_direction(model, "all-linear")
+    rows = random_rows(seed=1, count=6)
+    expected = exact_values(double(model), rows, direction)
+    scoring = prepare_model(model.to(torch.bfloat16))
+    found = Exact(scoring, "all-linear", direction)(make_batch(*rows)).adaptation
+    assert found.dtype == torch.float32
+    correlation = torch.corrcoef(torch.stack([found.double(), expected]))[0, 1]
+    assert float(correlation) > 0.995

@@ -28,9 +28,7 @@ def test_losses_gradients_and_entropy(architecture, chunk, monkeypatch):
     hidden_gradient, _ = torch.autograd.grad(expected.sum(), [leaf, projection.weight], retain_graph=True)
     (weight_gradient,) = torch.autograd.grad((expected * weight).sum(), [projection.weight])
     buffer = torch.zeros(projection.weight.shape)
-    out = scoring.head(
-        hidden, targets, gradient=True, entropy=True, weight_gradient=buffer, token_weights=weight
-    )
+    out = scoring.head(hidden, targets, gradient=True, entropy=True, weight_gradient=buffer, token_weights=weight)
     close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(out.losses, expected.detach(), **close)
     torch.testing.assert_close(out.hidden_gradient, hidden_gradient, **close)

@@ -1,6 +1,10 @@
+import json
 import logging
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -138,6 +142,19 @@ def test_a_cut_off_run_keeps_its_finished_shards(scored, tmp_path, monkeypatch):
     assert len(calls) == 3 - len(committed)
     assert manifest["counts"]["rows_out"] == 60
     assert all(os.stat(storage.join(output, "data", name)).st_mtime_ns == stamp for name, stamp in stamps.items())
+
+
+def test_the_job_as_a_file_from_another_folder(scored, tmp_path):
+    """With its own Ray, whose workers have to find the packages."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "mask.py"), "--json"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    done = subprocess.run(
+        [*command, "--input", "scored", "--output", "masked", "--protect", "end-of-turn"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["rows_out"] == 60
+    assert len(storage.list_shards(str(tmp_path / "masked"))) == 3
 
 
 def test_preset():

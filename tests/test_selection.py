@@ -123,7 +123,8 @@ def test_digits_order_like_numbers():
     high, low = selection.float_digits(values)
     keys = (high.astype(np.int64) << 16) | low
     assert (np.diff(keys) > 0).all()
-    assert [selection.digits_to_float(int(h), int(l)) for h, l in zip(high, low, strict=True)] == values.tolist()
+    pairs = zip(high.tolist(), low.tolist(), strict=True)
+    assert [selection.digits_to_float(*pair) for pair in pairs] == values.tolist()
     ids = np.array([-5, 0, 1, 70_000, 10**14, 2**62], dtype=np.int64)
     parts = selection.id_digits(ids)
     assert sorted(zip(*[part.tolist() for part in parts], strict=True)) == list(

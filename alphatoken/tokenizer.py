@@ -1,0 +1,38 @@
+"""A model's tokenizer and configuration, without its weights. Quick to import: CPU tasks need no model code."""
+
+from typing import TYPE_CHECKING
+
+from alphatoken.embedded import resolve_model
+from alphatoken.errors import UserError
+from alphatoken.readers import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """The model's configuration, without its weights. Raises UserError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the configuration of model {name!r}: {first_line(error)}") from error
+
+
+def end_of_turn_ids(model_config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Token ids with which the model may end its turn."""
+    ids: set[int] = set()
+    for found in (model_config.get_text_config().eos_token_id, tokenizer.eos_token_id):
+        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return ids

@@ -1,0 +1,97 @@
+"""What a training run can be told. In the style of config.py: one typed class, the same from Python, YAML and the
+command line.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from alphatoken.config import StageConfig
+
+
+class TrainConfig(StageConfig):
+    """Train on a token-masked data set: SFT (Eq. 13) or DPO (Eq. 14), on Ray Train workers."""
+
+    objective: Literal["sft", "dpo"] = "sft"
+    data: str = Field(description="folder that `alphatoken mask` wrote")
+    model: str = Field(description="folder or hub name of the causal LM to train, or smollm2-135m-instruct (embedded)")
+    reference_model: str | None = Field(
+        None, description="dpo: the reference, where the data has no log-probabilities of it"
+    )
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; each sees every row once")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps, whatever the epochs")
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
+        "linear", description="of the learning rate"
+    )
+    warmup: float = Field(0.0, ge=0, description="warm-up steps; below 1: a share of all steps")
+    optimizer: str = Field("adamw_torch", description="any name that transformers' TrainingArguments.optim knows")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this norm; 0 does not clip")
+    per_device_batch_size: int = Field(4, ge=1, description="rows (dpo: pairs) per worker and forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto",
+        description="bfloat16: mixed precision, weights stay float32; auto: bfloat16 on GPUs, float32 on CPUs",
+    )
+    max_length: int | None = Field(None, ge=2, description="cut longer rows at their end; default: as they are")
+    seed: int = Field(0, description="order of the rows, dropout, LoRA's start")
+
+    normalize: Literal["kept", "response"] = Field(
+        "kept", description="sft: divide the loss of a step by its kept tokens (the paper) or by all response tokens"
+    )
+    weights: bool = Field(True, description="sft: train with the data's soft weights where it has them")
+    beta: float = Field(0.1, gt=0, description="dpo: strength of the tie to the reference")
+    dpo_mask: Literal["loss", "ratio"] = Field(
+        "loss",
+        description="dpo: loss keeps whole-response log-ratios and masks gradients (the paper); ratio masks both",
+    )
+
+    lora_rank: int | None = Field(None, ge=1, description="train a LoRA adapter of this rank instead of all weights")
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_targets: list[str] = Field([], description="names of the linear layers that get an adapter; default: all")
+
+    num_workers: int = Field(1, ge=1, description="Ray Train workers, one process each")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each worker; 0 trains on CPUs")
+    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs that each worker reserves")
+    fsdp: bool = Field(False, description="shard weights, gradients and optimizer over the workers (FSDP2)")
+    max_failures: int = Field(3, ge=0, description="go on at the last checkpoint after this many killed workers")
+
+    evaluation: list[str] = Field([], description="held-out files (any format that score reads) or one masked folder")
+    columns: dict[str, str] = Field({}, description="rename columns of the held-out files, as wanted=given")
+    eval_steps: int = Field(100, ge=1, description="optimizer steps between evaluations")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many evaluations without a better loss, and return the best model"
+    )
+    save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; one is always at the end")
+    logging_steps: int = Field(1, ge=1, description="optimizer steps between lines of metrics")
+    report_to: list[str] = Field([], description="trackers that transformers knows, such as wandb or tensorboard")
+    resume: bool = Field(True, description="go on where the same run was cut off; --no-resume refuses to")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.early_stopping and not self.evaluation:
+            raise ValueError("--early-stopping needs --evaluation FILES: there is no loss to watch")
+        if self.objective == "sft" and self.reference_model:
+            raise ValueError("--reference-model is for --objective dpo: sft has no reference")
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError("--lora-targets needs --lora-rank")
+        if self.fsdp and not self.gpus_per_worker:
+            raise ValueError("--fsdp needs GPUs: give --gpus-per-worker")
+        if self.fsdp and self.dtype == "float64":
+            raise ValueError("--fsdp trains in float32 or bfloat16")
+        return self
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Every evaluation needs a checkpoint where the best one is wanted."""
+        return self.eval_steps if self.early_stopping else self.save_steps
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one optimizer step, over all workers."""
+        return self.per_device_batch_size * self.gradient_accumulation * self.num_workers

@@ -1,0 +1,74 @@
+"""What the benchmarks share: real text in fixed shapes, the machine's description, results as JSON."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from alphatoken.batching import Batch, make_batch
+from alphatoken.config import DataOptions, embedded_data
+from alphatoken.encode import Encoded, Encoder
+from alphatoken.sources import plan_units, read_unit
+from alphatoken.tokenizer import load_config, load_tokenizer
+
+DATA_HELP = (
+    "JSONL or Parquet of any format that `alphatoken score` reads; default: the embedded GSM8K rows "
+    "(the full set: https://github.com/openai/grade-school-math, MIT)"
+)
+
+
+def encoded_rows(model: str, files: list[str]) -> list[Encoded]:
+    """All rows of the files, encoded for the model; bad rows are an error here."""
+    encoder = Encoder(
+        load_tokenizer(model), DataOptions(max_length=4096), load_config(model).get_text_config().vocab_size
+    )
+    return [encoder.encode(row.data) for unit in plan_units(files) for row in read_unit(unit)]
+
+
+def embedded_file(name: str) -> str:
+    return str(embedded_data() / name)
+
+
+def packed_batch(rows: list[Encoded], batch_size: int, length: int) -> Batch:
+    """Real text in a fixed shape: token streams cut to `length`, the second half of each is the response."""
+    stream = [token for row in rows for token in row.input_ids]
+    if len(stream) < batch_size * length:
+        stream *= -(-batch_size * length // len(stream))
+    ids = [stream[i * length : (i + 1) * length] for i in range(batch_size)]
+    return make_batch(ids, [[t >= length // 2 for t in range(length)] for _ in ids])
+
+
+def machine() -> dict:
+    """Where the figures come from."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_result(path: str | None, result: dict) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)

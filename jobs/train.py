@@ -1,0 +1,53 @@
+"""SFT or DPO on token-masked data: `alphatoken train --data MASKED --model M --output OUT [--objective dpo]`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # `python jobs/train.py` puts jobs/ first on the path; the packages are one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from alphatoken.train_config import TrainConfig
+from jobs import cli
+
+SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins", "skipped_batches")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(TrainConfig, _train, argv, show=_show, prog="alphatoken train")
+
+
+def _train(config: TrainConfig) -> dict:
+    from rich.console import Console
+
+    from pipelines.train import run_train  # imports Ray and torch: not before the arguments are right
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    return run_train(config, lambda line: console.print(_text(line)))
+
+
+def _text(line: dict) -> str:
+    shown = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+    return f"step {line['step']} (epoch {line.get('epoch', 0):.2f})  " + "  ".join(shown)
+
+
+def _show(config: TrainConfig, manifest: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = manifest["counts"]
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{config.output.rstrip('/')}/model")
+    if config.lora_rank:
+        table.add_row("adapter", f"{config.output.rstrip('/')}/adapter")
+    table.add_row("steps", f"{counts['steps']:,} ({counts.get('epoch', 0):.2f} epochs of {counts['rows']:,} rows)")
+    for name in ("train_loss", "eval_loss"):
+        if name in counts:
+            table.add_row(name.replace("_", " "), f"{counts[name]:.4f}")
+    if counts.get("skipped_batches"):
+        table.add_row("skipped steps", f"{counts['skipped_batches']:,} (no token kept)")
+    table.add_row("time", f"{manifest['seconds']:.0f} s")
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Scored blocks to shards with commit records, and the sums over those records. Light to import: CPU tasks run it."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from alphatoken import schema
+from alphatoken.errors import UserError
+from alphatoken.run_folder import RunFolder, row_id_runs
+from pipelines.encode import ORIGIN
+
+COST = ("seconds", "computed_positions")  # of a block, spread over its rows as columns: metadata does not travel
+
+
+def write_block(block: pa.Table, output: str) -> dict[str, list]:
+    """Write one shard and its commit record; returns its counts as one row."""
+    if not block.num_rows:
+        return {}
+    block = block.sort_by("row_id")
+    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST}
+    good = pc.is_null(block["reason"])
+    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *COST])
+    refused = block.filter(pc.invert(good))
+    quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
+        "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
+    )
+    counts = {
+        "rows_in": block.num_rows,
+        "rows_out": data.num_rows,
+        "rows_quarantined": quarantine.num_rows,
+        "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
+        "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
+        "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
+        "computed_positions": round(cost["computed_positions"]),
+        "scoring_seconds": round(cost["seconds"], 4),
+    }
+    record = {
+        "first_row_id": int(block["row_id"][0].as_py()),
+        "row_ids": row_id_runs(block["row_id"].to_numpy()),
+        "counts": counts,
+        "reasons": dict(Counter(refused["reason"].to_pylist())),
+    }
+    RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
+    return {name: [value] for name, value in counts.items()}
+
+
+def _had_tokens(table: pa.Table) -> list[bool]:
+    return [bool(n) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+
+
+def total_counts(folder: RunFolder) -> dict:
+    """Sums over all commit records, those of earlier attempts included."""
+    total: Counter = Counter()
+    reasons: Counter = Counter()
+    for record in folder.commits():
+        total.update(record["counts"])
+        reasons.update(record["reasons"])
+    if not total["rows_out"]:
+        shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
+        raise UserError(f"no row could be scored: {shown}")
+    counts = {name: round(value, 3) for name, value in total.items()}
+    return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

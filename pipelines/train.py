@@ -1,0 +1,234 @@
+"""MASKED folder in, checkpoint out: SFT or DPO on kept tokens, on Ray Train workers.
+
+    OUT/run.json           what run this is; another one is refused
+    OUT/checkpoints/run/   Ray Train's: checkpoints and their list; a run that was cut off goes on at the last one
+    OUT/metrics.jsonl      a line per log or evaluation
+    OUT/evaluation.parquet held-out rows, encoded
+    OUT/model, OUT/adapter the result: transformers folders
+    OUT/manifest.json      written last
+
+What can be known to be wrong is an error before a worker starts (pipelines/train_checks.py).
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+from fsspec.implementations.local import LocalFileSystem
+
+from alphatoken import manifest as manifests
+from alphatoken import storage
+from alphatoken.errors import UserError
+from alphatoken.run_folder import RunFolder
+from alphatoken.train_config import TrainConfig
+from pipelines.cluster import connect, torch_threads
+from pipelines.train_checks import TrainPlan, check_resources, check_train, write_evaluation
+from pipelines.train_export import export_model
+from pipelines.train_worker import train_worker
+
+# Settings that change where and how it is shown, but not what comes out.
+NOT_IDENTITY = {
+    "output", "overwrite", "resume", "report_to", "gpus_per_worker", "cpus_per_worker", "max_failures",
+    "gradient_checkpointing",
+}  # fmt: skip
+OWN_FILES = ("metrics.jsonl", "evaluation.parquet")
+OWN_FOLDERS = ("checkpoints", "model", "adapter")
+TRAIN_PACKAGES = ("trl", "peft", "accelerate")
+RUN_NAME = "run"
+KEPT_CHECKPOINTS = 2
+
+Progress = Callable[[dict], None]  # called with every line of metrics.jsonl
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(config: TrainConfig, progress: Progress | None = None) -> dict:
+    """Train, write the folder `config.output` and return its manifest. Goes on where the same run was cut off.
+
+    Raises:
+        UserError: whatever can be known to be wrong before training; masks that do not reach the batches.
+        ray.train.TrainingFailedError: workers failed more often than `config.max_failures`.
+    """
+    started = time.monotonic()
+    plan = check_train(config)
+    folder = _open(config, plan)
+    if folder is None:
+        output = storage.absolute(config.output)
+        logger.info("%s is already finished", output)
+        return RunFolder(output).manifest()
+    evaluation = write_evaluation(config, plan, storage.join(folder.uri, "evaluation.parquet"))
+    connect()
+    check_resources(config)
+    result = _fit(config, plan, evaluation, folder.uri, progress)
+    outcome = result.return_value
+    best = _best(config, result)
+    ray.get(export_model.remote(best, config, folder.uri))
+    manifest = _manifest(config, plan, outcome, best.path, time.monotonic() - started)
+    storage.write_json(manifest, storage.join(folder.uri, "manifest.json"))
+    return manifest
+
+
+def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
+    """The output folder, ready for this run; None if the run has finished."""
+    folder = RunFolder(storage.absolute(config.output))
+    run_file = storage.join(folder.uri, "run.json")
+    if config.overwrite and storage.exists(run_file) and storage.read_json(run_file).get("stage") == "train":
+        # Before run.json goes: without it, nobody knows whose files these are.
+        storage.remove_file(storage.join(folder.uri, "manifest.json"))
+        for name in OWN_FILES:
+            storage.remove_file(storage.join(folder.uri, name))
+        for name in OWN_FOLDERS:
+            storage.remove_tree(storage.join(folder.uri, name))
+    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"data": plan.data}
+    state = folder.open({"stage": "train", "config": settings, "fingerprints": plan.fingerprints}, config.overwrite)
+    if state == "resume" and not config.resume:
+        raise UserError(f"{folder.uri} holds this run, cut off; --resume goes on with it, --overwrite starts again")
+    return None if state == "finished" else folder
+
+
+def _fit(
+    config: TrainConfig, plan: TrainPlan, evaluation: list[str], output: str, progress: Progress | None
+) -> ray.train.Result:
+    metrics = storage.join(output, "metrics.jsonl")
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "shards": plan.shards,
+        "columns": plan.columns,
+        "stored_reference": plan.stored_reference,
+        "evaluation_shards": evaluation,
+        "metrics": metrics,
+        "threads": torch_threads(config.num_workers, config.cpus_per_worker),
+    }
+    resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    trainer = _Trainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+        ),
+        run_config=_run_config(config, storage.join(output, "checkpoints")),
+    )
+    with _following(metrics, progress):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failures = getattr(error, "worker_failures", {}).values()
+            known = next((failure for failure in failures if isinstance(failure, UserError)), None)
+            if known:
+                raise known from None
+            raise
+    if "user_error" in result.return_value:
+        raise UserError(result.return_value["user_error"])
+    return result
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Without the actor that frees resources after a killed driver where Ray is private and dies with it.
+
+    The actor polls Ray's dashboard, which a private Ray does not have, and warns every second.
+    """
+
+    def _create_default_callbacks(self) -> list:
+        found = super()._create_default_callbacks()
+        if os.environ.get("RAY_ADDRESS"):
+            return found
+        return [callback for callback in found if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def _run_config(config: TrainConfig, checkpoints: str) -> ray.train.RunConfig:
+    """Where checkpoints go. The same name and place again makes Ray Train go on at the last checkpoint."""
+    fs, path = storage.filesystem(checkpoints)
+    local = isinstance(fs, LocalFileSystem)
+    score = (
+        {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if config.early_stopping else {}
+    )
+    return ray.train.RunConfig(
+        name=RUN_NAME,
+        storage_path=path,
+        storage_filesystem=None if local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
+        failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS, **score),
+        logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+    )
+
+
+def _best(config: TrainConfig, result: ray.train.Result) -> ray.train.Checkpoint:
+    """The last checkpoint, or with early stopping the one with the lowest held-out loss."""
+    scored = [(found["eval_loss"], checkpoint) for checkpoint, found in result.best_checkpoints if "eval_loss" in found]
+    if config.early_stopping and scored:
+        return min(scored, key=lambda pair: pair[0])[1]
+    return result.checkpoint
+
+
+@contextmanager
+def _following(uri: str, progress: Progress | None) -> Iterator[None]:
+    """Calls `progress` with each new line of a metrics file while the body runs."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+    shown = 0
+
+    def show_new() -> None:
+        nonlocal shown
+        lines = read_metrics(uri)
+        shown = min(shown, len(lines))  # after a killed worker the file goes back to the last checkpoint
+        for line in lines[shown:]:
+            progress(line)
+        shown = len(lines)
+
+    def follow() -> None:
+        while not done.wait(1.0):
+            show_new()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        show_new()
+
+
+def read_metrics(uri: str) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none where it is not there yet."""
+    if not storage.exists(uri):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]
+
+
+def _manifest(config: TrainConfig, plan: TrainPlan, outcome: dict, checkpoint: str, seconds: float) -> dict:
+    history = outcome["history"]
+    last = {name: value for entry in history for name, value in entry.items()}
+    names = ("train_loss", "eval_loss", "epoch", "skipped_batches")
+    counts = {"rows": plan.num_rows, "steps": outcome["steps"]}
+    counts |= {name: last[name] for name in names if name in last}
+    scored_with = plan.fingerprints.get("scored_model")
+    trained = outcome["model_fingerprint"]
+    if scored_with and trained and scored_with != trained:
+        logger.warning(
+            "the values behind these masks are of another checkpoint than %s: they may be stale, see METHOD.md, 10",
+            config.model,
+        )
+    versions = {name: metadata.version(name) for name in TRAIN_PACKAGES}
+    return manifests.build_manifest(
+        "train",
+        config.model_dump(mode="json"),
+        counts,
+        plan.fingerprints | {"model": trained},
+        seconds,
+        extra={"checkpoint": checkpoint, "stored_reference": plan.stored_reference, "train_versions": versions},
+    )

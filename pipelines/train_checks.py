@@ -1,0 +1,239 @@
+"""What can be known to be wrong with a training run before a worker starts, and the held-out rows."""
+
+import logging
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as types
+import ray
+
+from alphatoken import manifest as manifests
+from alphatoken import schema, storage
+from alphatoken.config import DataOptions
+from alphatoken.encode import check_source
+from alphatoken.errors import UserError
+from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.token_classes import token_class_table
+from alphatoken.tokenizer import load_config, load_tokenizer
+from alphatoken.train_config import TrainConfig
+from pipelines.encode import good_rows, make_encoder
+from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, SFT_COLUMNS
+
+EVALUATION_LENGTH = 2048  # of held-out rows, where no --max-length is given
+SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What the checks found out."""
+
+    data: str  # absolute
+    shards: list[str]
+    columns: list[str]  # of the data
+    num_rows: int
+    stored_reference: bool  # dpo: the data's reference log-probabilities are used
+    evaluation_shards: list[str] | None  # of a folder; None: files to encode, or no evaluation
+    fingerprints: dict
+
+
+def check_train(config: TrainConfig) -> TrainPlan:
+    """Raises UserError with the first thing that is wrong."""
+    missing = [name for name in ("trl", "peft", "accelerate") if not find_spec(name)]
+    if missing:
+        raise UserError(f"training needs {', '.join(missing)}: pip install 'alphatoken[train]'")
+    data = storage.absolute(config.data)
+    if storage.same_place(data, storage.absolute(config.output)):
+        raise UserError(f"--output {config.output} is the data folder; give another one")
+    masked = _masked_manifest(data, "--data")
+    shards = storage.list_shards(data)
+    columns = _check_columns(shards[0], config)
+    num_rows = _count_rows(shards)
+    if config.num_workers > num_rows:
+        raise UserError(
+            f"--num-workers {config.num_workers}: {config.data} has only {num_rows} rows; use fewer workers"
+        )
+    _check_model(config, data, masked)
+    found = masked.get("fingerprints", {})
+    fingerprints = {
+        "masked_manifest": manifests.fingerprint(masked),
+        "scored_model": found.get("model"),
+        "evaluation": None,
+    }
+    stored = config.objective == "dpo" and _check_reference(config, shards[0], found.get("reference_model"))
+    evaluation_shards = None
+    if config.evaluation:
+        evaluation_shards, fingerprints["evaluation"] = _check_evaluation(config, stored)
+    return TrainPlan(data, shards, columns, num_rows, stored, evaluation_shards, fingerprints)
+
+
+def _masked_manifest(folder: str, option: str) -> dict:
+    uri = storage.join(folder, "manifest.json")
+    if not storage.exists(uri):
+        if not storage.list_names(folder):
+            raise UserError(f"{folder} does not exist or is empty; give the folder that `mask` wrote as {option}")
+        raise UserError(f"{folder} has no manifest.json: its mask job has not finished; run it again, it resumes")
+    found = storage.read_json(uri)
+    if found.get("stage") != "mask":
+        raise UserError(f"{folder} was written by {found.get('stage')}; give the folder that `mask` wrote as {option}")
+    return found
+
+
+def _check_columns(shard: str, config: TrainConfig) -> list[str]:
+    names = storage.read_schema(shard).names
+    wanted = SFT_COLUMNS if config.objective == "sft" else DPO_COLUMNS
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        other = "dpo" if config.objective == "sft" else "sft"
+        fits = set(DPO_COLUMNS if other == "dpo" else SFT_COLUMNS) <= set(names)
+        hint = f"this is data for --objective {other}" if fits else "mask it again"
+        raise UserError(
+            f"{config.data} lacks the columns {', '.join(missing)} for --objective {config.objective}: {hint}"
+        )
+    return names
+
+
+def _count_rows(shards: list[str]) -> int:
+    return sum(storage.read_table(shard, []).num_rows for shard in shards)
+
+
+def _check_model(config: TrainConfig, data: str, masked: dict) -> None:
+    """The model must be of the architecture and vocabulary that the data was scored with. Weights may have moved."""
+    ours = load_config(config.model, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    scored_with = masked.get("scored", {}).get("config", {}).get("model")
+    theirs = _config_or_none(scored_with, config.trust_remote_code)
+    if theirs is not None:
+        for name in ("model_type", "hidden_size", "num_hidden_layers"):
+            old, new = (getattr(found.get_text_config(), name, None) for found in (theirs, ours))
+            if old != new:
+                raise UserError(
+                    f"{config.data} was scored with {scored_with} ({name} {old}), but --model {config.model} has "
+                    f"{name} {new}: score and mask the data with the model that is trained"
+                )
+    uri = storage.join(data, "token_classes.parquet")
+    if storage.exists(uri):
+        theirs_text = storage.read_table(uri, ["text"])["text"]
+        ours_text = token_class_table(tokenizer, [], ours.get_text_config().vocab_size)["text"]
+        if len(theirs_text) != len(ours_text):
+            raise UserError(
+                f"{config.data} was masked for a vocabulary of {len(theirs_text)} tokens, --model {config.model} has "
+                f"{len(ours_text)}: score and mask the data with the model that is trained"
+            )
+        differing = pc.not_equal(theirs_text, ours_text).to_numpy().nonzero()[0]
+        if len(differing):
+            raise UserError(
+                f"{config.data} was masked for another tokenizer than --model {config.model} has: {len(differing)} of "
+                f"{len(ours_text)} tokens read otherwise, the first is id {differing[0]}"
+            )
+
+
+def _config_or_none(name: str | None, trust_remote_code: bool):
+    """Where the scoring model still is: it may have been moved or deleted since."""
+    if not name:
+        return None
+    try:
+        return load_config(name, trust_remote_code)
+    except UserError:
+        logger.info(
+            "the model that the data was scored with (%s) is not there any more; its architecture is unknown", name
+        )
+        return None
+
+
+def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | None) -> bool:
+    """Whether the data's reference log-probabilities are used. UserError where there is no reference at all."""
+    found = storage.read_schema(shard)
+    stored = set(REFERENCE_COLUMNS) <= set(found.names)
+    per_token = stored and all(types.is_list(found.field(name).type) for name in REFERENCE_COLUMNS)
+    if stored and not per_token and (config.dpo_mask == "ratio" or config.max_length):
+        why = "--dpo-mask ratio needs them per token" if config.dpo_mask == "ratio" else "--max-length cuts responses"
+        if not (config.reference_model or config.lora_rank):
+            raise UserError(
+                f"{config.data} has reference log-probabilities of whole responses only, and {why}; "
+                "give --reference-model"
+            )
+        return False
+    if stored and config.reference_model:
+        return _same_reference(config, stored_fingerprint)
+    if not stored and not (config.reference_model or config.lora_rank):
+        raise UserError(
+            f"{config.data} has no reference log-probabilities ({', '.join(REFERENCE_COLUMNS)}); give --reference-model"
+        )
+    return stored
+
+
+def _same_reference(config: TrainConfig, stored_fingerprint: str | None) -> bool:
+    from alphatoken.model import fingerprint
+    from pipelines.train_worker import load_for_training
+
+    same = fingerprint(load_for_training(config.reference_model, config)) == stored_fingerprint
+    if not same:
+        logger.warning(
+            "the reference log-probabilities in %s are not known to be of %s: they are computed again",
+            config.data, config.reference_model,
+        )  # fmt: skip
+    return same
+
+
+def _check_evaluation(config: TrainConfig, stored_reference: bool) -> tuple[list[str] | None, str]:
+    """(shards of a folder that we wrote, or None for files to encode; fingerprint)."""
+    first = storage.absolute(config.evaluation[0])
+    is_folder = len(config.evaluation) == 1 and storage.exists(storage.join(first, "manifest.json"))
+    if not is_folder:
+        if config.objective == "dpo":
+            raise UserError("--evaluation of --objective dpo is a folder that `mask` wrote")
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        units = plan_units(config.evaluation)
+        check_source(units, _data_options(config), tokenizer)
+        return None, data_fingerprint(units)
+    shards = storage.list_shards(first)
+    wanted = {"input_ids", "response_mask"} if config.objective == "sft" else set(DPO_COLUMNS)
+    if stored_reference:
+        wanted |= set(REFERENCE_COLUMNS)
+    missing = wanted - set(storage.read_schema(shards[0]).names)
+    if missing:
+        raise UserError(f"--evaluation {config.evaluation[0]} lacks the columns {', '.join(sorted(missing))}")
+    return shards, manifests.fingerprint(storage.read_json(storage.join(first, "manifest.json")))
+
+
+def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str]:
+    """Shards of held-out rows; files are encoded into `uri` first. Empty without evaluation."""
+    if not config.evaluation or plan.evaluation_shards is not None:
+        return plan.evaluation_shards or []
+    encoder = make_encoder(config.model, _data_options(config), config.trust_remote_code)
+    refused: list[str] = []
+    records = [
+        {"input_ids": row.input_ids, "response_mask": row.response_mask}
+        for _, row in good_rows(plan_units(config.evaluation), encoder, refused)
+    ]
+    if not records:
+        raise UserError(f"--evaluation: no row can be used: {'; '.join(refused[:SHOWN]) or 'the files are empty'}")
+    if refused:
+        logger.warning("%d held-out rows cannot be used: %s", len(refused), "; ".join(refused[:SHOWN]))
+    fields = [schema.ENCODED.field(name) for name in ("input_ids", "response_mask")]
+    storage.write_table(pa.Table.from_pylist(records, schema=pa.schema(fields)), uri)
+    return [uri]
+
+
+def _data_options(config: TrainConfig) -> DataOptions:
+    return DataOptions(columns=config.columns, max_length=config.max_length or EVALUATION_LENGTH)
+
+
+def check_resources(config: TrainConfig) -> None:
+    """On a machine of its own, workers that do not fit would wait for ever; a cluster may grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        wanted = each * config.num_workers
+        available = there.get(kind, 0)
+        if wanted > available:
+            raise UserError(
+                f"--num-workers {config.num_workers} needs {wanted:g} {kind}s, Ray has {available:g} here; use fewer "
+                f"workers or set --{kind.lower()}s-per-worker"
+            )
