@@ -145,8 +145,8 @@ def score_table(
 
 def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str, pa.Array]:
     """Means over response tokens. Values are zero outside the response, so sums over whole rows serve."""
-    lengths = np.array([len(mask) for mask in masks])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    lengths = np.array([len(mask) for mask in masks], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
     counts = np.array([int(mask.sum()) for mask in masks], dtype=np.int32)
 
     def mean(values: np.ndarray) -> pa.Array:

@@ -116,7 +116,9 @@ def _report(prog: str, sentences: list[str], code: int, debug: bool) -> int:
 
 def _parser(config_class: type[BaseModel], prog: str) -> _Parser:
     parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip())
-    for name, field in config_class.model_fields.items():
+    own = config_class.__annotations__  # what the stage is about first, what all stages share after it
+    fields = sorted(config_class.model_fields.items(), key=lambda item: (not item[1].is_required(), item[0] not in own))
+    for name, field in fields:
         parser.add_argument(option_name(name), dest=name, help=_help(field), **_argument(name, field))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; the command line wins")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")

@@ -4,6 +4,10 @@ import difflib
 import importlib
 import sys
 from importlib import metadata
+from pathlib import Path
+
+if __name__ == "__main__":  # `python jobs/main.py` puts jobs/ first on the path; the packages are one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 COMMANDS = {
     "fisher": ("jobs.fisher", "diagonal Fisher of the reference model: what stability is measured with"),

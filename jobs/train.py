@@ -26,7 +26,7 @@ def _train(config: TrainConfig) -> dict:
 
 
 def _text(line: dict) -> str:
-    shown = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+    shown = [f"{name} {'not finite' if line[name] is None else f'{line[name]:.4g}'}" for name in SHOWN if name in line]
     return f"step {line['step']} (epoch {line.get('epoch', 0):.2f})  " + "  ".join(shown)
 
 
@@ -42,7 +42,7 @@ def _show(config: TrainConfig, manifest: dict) -> None:
     table.add_row("steps", f"{counts['steps']:,} ({counts.get('epoch', 0):.2f} epochs of {counts['rows']:,} rows)")
     for name in ("train_loss", "eval_loss"):
         if name in counts:
-            table.add_row(name.replace("_", " "), f"{counts[name]:.4f}")
+            table.add_row(name.replace("_", " "), "not finite" if counts[name] is None else f"{counts[name]:.4f}")
     if counts.get("skipped_batches"):
         table.add_row("skipped steps", f"{counts['skipped_batches']:,} (no token kept)")
     table.add_row("time", f"{manifest['seconds']:.0f} s")

@@ -207,9 +207,7 @@ class _Used:
     refused: list[str] = field(default_factory=list)
 
 
-def usable_items(
-    reader: RowReader, kind: str, units: list[ReadUnit], limit: int | None, used: _Used
-) -> Iterator[Any]:
+def usable_items(reader: RowReader, kind: str, units: list[ReadUnit], limit: int | None, used: _Used) -> Iterator[Any]:
     """Pieces, questions or prompts of the first `limit` rows; what is left out is counted in `used`."""
     rows: Iterator[SourceRow] = (row for unit in units for row in read_unit(unit))
     for row in islice(rows, limit):

@@ -213,6 +213,8 @@ def read_metrics(uri: str) -> list[dict[str, Any]]:
 def _manifest(config: TrainConfig, plan: TrainPlan, outcome: dict, checkpoint: str, seconds: float) -> dict:
     history = outcome["history"]
     last = {name: value for entry in history for name, value in entry.items()}
+    if last.get("train_loss", 0.0) is None:
+        logger.warning("the training loss is not finite: the run diverged; try a lower --learning-rate")
     names = ("train_loss", "eval_loss", "epoch", "skipped_batches")
     counts = {"rows": plan.num_rows, "steps": outcome["steps"]}
     counts |= {name: last[name] for name in names if name in last}

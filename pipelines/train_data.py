@@ -158,7 +158,8 @@ class DPOCollator:
         }
         if self.reference:
             for side in ("chosen", "rejected"):
-                batch[f"ref_{side}_logps"] = torch.tensor([self._reference(row, side) for row in rows])
+                found = [self._reference(row, side) for row in rows]
+                batch[f"ref_{side}_logps"] = torch.tensor(found, dtype=torch.float64)  # sums over long responses
         return batch
 
     def _reference(self, row: dict[str, Any], side: str) -> float:

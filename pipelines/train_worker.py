@@ -7,6 +7,7 @@ written or uploaded twice.
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -65,7 +66,7 @@ def _train(config: TrainConfig, settings: dict, folder: str) -> dict:
             state = {"global_step": trainer.state.global_step, "log_history": trainer.state.log_history}
     return {
         "steps": state["global_step"],
-        "history": state["log_history"],
+        "history": [_without_nan(entry) for entry in state["log_history"]],
         "model_fingerprint": model_fingerprint,
     }
 
@@ -204,7 +205,7 @@ class ReportCheckpoint(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         metrics: dict[str, float] = {"step": state.global_step}
         for entry in state.log_history:
-            if entry["step"] == state.global_step and "eval_loss" in entry:
+            if entry["step"] == state.global_step and math.isfinite(entry.get("eval_loss", math.nan)):
                 metrics["eval_loss"] = entry["eval_loss"]
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,6 +232,12 @@ class MetricsFile(TrainerCallback):
 
     def _write(self, state: Any) -> None:
         started = time.monotonic()
-        storage.write_bytes("".join(json.dumps(entry) + "\n" for entry in state.log_history).encode(), self.uri)
+        lines = (json.dumps(_without_nan(entry), allow_nan=False) + "\n" for entry in state.log_history)
+        storage.write_bytes("".join(lines).encode(), self.uri)
         now = time.monotonic()
         self.due = now + max(METRICS_SECONDS, 50 * (now - started))  # a long history costs 2% of the time at most
+
+
+def _without_nan(entry: dict) -> dict:
+    """JSON knows no NaN and no infinity: null."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in entry.items()}

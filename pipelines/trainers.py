@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer, SFTTrainer
@@ -22,6 +23,7 @@ from alphatoken import losses
 from alphatoken.errors import UserError
 from alphatoken.losses import DPOMask
 from alphatoken.schema import IGNORE_INDEX
+from pipelines.exact_head import use_exact_head
 from pipelines.train_data import WEIGHTS, Batch, DPOCollator, EpochBatches, EpochLoader, RowsWithFillers, SFTCollator
 
 
@@ -50,6 +52,9 @@ class _MaskedTrainer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                use_exact_head(model.get_base_model() if is_peft_model(model) else model)
         self.add_callback(SkipEmptySteps())
         self._logged_step = self._logged_skipped = 0
         self._held_out = torch.zeros(2, dtype=torch.float64)  # sum of losses, count

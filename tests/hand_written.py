@@ -1,4 +1,4 @@
-"""Training losses written out row by row, without batches, padding or trainers: what the trainers are checked against."""
+"""Training losses row by row, without batches, padding or trainers: what the trainers are checked against."""
 
 from collections.abc import Callable
 
@@ -70,7 +70,7 @@ def gradient(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> lis
 
 
 def assert_same_gradient(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
-    """Relative to the largest entry of the whole gradient."""
+    """Relative to the largest entry of the whole gradient. (transformers' norms and softmax round to float32.)"""
     scale = max(part.abs().max() for part in expected)
     assert scale > 1e-3
     worst = max((a.double() - b.double()).abs().max() for a, b in zip(found, expected, strict=True))

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from decimal import Decimal
 from itertools import pairwise
 
@@ -29,6 +30,15 @@ from alphatoken.model import ScoringModel, prepare_model
 
 SMALL, LARGE = 16, 4096  # batch_tokens: about one row per batch, all rows in one
 CHAT = byte_level(CHATML)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny products: on a busy machine threads that wait for each other take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +155,7 @@ def test_estimates_at_the_edge():
 
 def question_rows(count: int) -> list[dict]:
     generator = random.Random(2)
-    words = "four five two three plus today answer you are helpful".split()
+    words = ["four", "five", "two", "three", "plus", "today", "answer", "you", "are"]
     rows = []
     for i in range(count):
         choices = [" ".join(generator.choices(words, k=generator.randint(1, 6))) for _ in range(2 + i % 3)]
@@ -193,9 +203,20 @@ def test_choice_styles_and_their_boundary():
     arc = {"question": "two?", "choices": {"text": two, "label": ["1", "2"]}, "answerKey": "2"}
     assert reader().question(0, arc).answer == 1
     assert CHAT.decode(reader().question(0, arc).choices[0]) == "Question: two?\nAnswer: four"
-    # " you" + " are" and " you" + "r" share no later boundary than the one before a token that merges.
-    merging = reader().question(0, {"query": "how", "choices": ["\nfour", " are you"], "answer": 0})
-    assert len({tuple(ids[: merging.start]) for ids in merging.choices}) == 1
+
+
+def test_a_choice_that_merges_with_the_prompt_moves_the_boundary_of_all():
+    class Merging:
+        """A token for every character, and one for `is four`."""
+
+        is_fast, name_or_path = True, "merging"
+
+        def __call__(self, text, **options):
+            return {"input_ids": [300 if part == "is four" else ord(part) for part in re.findall("is four|.", text)]}
+
+    question = reader(Merging()).question(0, {"query": "it is", "choices": ["four", "five"], "answer": 0})
+    assert question.start == 3
+    assert [ids[3:] for ids in question.choices] == [[300], [ord(letter) for letter in "is five"]]
 
 
 def test_long_questions_lose_the_start_of_their_prompt():
@@ -255,7 +276,9 @@ def test_check_columns_names_what_is_missing():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral", "gpt2"])
 def test_greedy_answers_are_those_of_every_prompt_alone(architecture):
-    scoring = prepare_model(tiny_model(architecture, seed=5, dtype=torch.float64))
+    # transformers' own attention, which capped logits need here, gives NaN on padding in float64.
+    dtype = torch.float32 if architecture == "gemma2" else torch.float64
+    scoring = prepare_model(tiny_model(architecture, seed=5, dtype=dtype))
     settings = GenerationConfig(repetition_penalty=3.0, min_new_tokens=8, eos_token_id=2)
     scoring.model.generation_config = settings
     attention = scoring.model.config._attn_implementation
@@ -270,7 +293,7 @@ def test_greedy_answers_are_those_of_every_prompt_alone(architecture):
 
 def test_answer_accuracy(scoring):
     ends = stop_ids(scoring, CHAT)
-    words = "four five two three plus today answer helpful".split()
+    words = ["four", "five", "two", "three", "plus", "today"]
     rows = [{"prompt": " ".join(words[: 1 + i]), "completion": "7"} for i in range(6)]
     prompts = [reader().prompt(i, row) for i, row in enumerate(rows)]
     answers = [answer_alone(scoring.model, prompt.input_ids, 6, ends) for prompt in prompts]

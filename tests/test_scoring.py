@@ -65,3 +65,10 @@ def test_other_columns_are_carried():
     table = encoded(ids, masks).append_column("source", pa.array(["a", "b"]))
     scored, _, _ = score_table(table, Baseline(prepare_model(tiny_model("llama")), "random"), 64, CPU)
     assert scored.column_names == [*schema.SCORED.names, "source"]
+
+
+def test_no_rows_give_no_rows():
+    """A block may hold refused rows only."""
+    estimator = Baseline(prepare_model(tiny_model("llama")), "random")
+    table, failures, computed = score_table(encoded([], []), estimator, 64, CPU)
+    assert table.schema.equals(schema.SCORED) and table.num_rows == 0 and not failures and computed == 0
