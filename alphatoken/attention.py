@@ -35,6 +35,11 @@ class AttentionInputs:
     scaling: float
     softcap: float | None
 
+    @property
+    def cached(self) -> int:
+        """Keys from before the first query: zero but in generation with a key-value cache."""
+        return self.key.shape[2] - self.query.shape[2]
+
 
 @dataclass
 class _Recording:
@@ -76,7 +81,7 @@ def attention_scores(inputs: AttentionInputs, start: int, stop: int, first_key: 
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     if inputs.mask is None:
         allowed = torch.ones(stop - start, last_key - first_key, dtype=torch.bool, device=scores.device)
-        allowed = allowed.tril(start - first_key)
+        allowed = allowed.tril(inputs.cached + start - first_key)
     elif inputs.mask.dtype == torch.bool:
         allowed = inputs.mask[:, :, start:stop, first_key:last_key]
     else:
@@ -91,9 +96,10 @@ def attend_in_blocks(inputs: AttentionInputs, value: torch.Tensor) -> torch.Tens
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        scores = attention_scores(inputs, start, stop, 0, stop)  # causal: keys after the block are never seen
+        last_key = inputs.cached + stop  # causal: keys after the block are never seen
+        scores = attention_scores(inputs, start, stop, 0, last_key)
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        blocks.append(torch.matmul(probabilities.to(value.dtype), value[:, :, :stop]))
+        blocks.append(torch.matmul(probabilities.to(value.dtype), value[:, :, :last_key]))
     return torch.cat(blocks, dim=2)
 
 

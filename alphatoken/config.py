@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 PARAMETERS_PATTERN = re.compile(r"^(last-layers:[1-9][0-9]*|all-linear|all)$")
@@ -161,12 +161,12 @@ class MaskConfig(StageConfig):
     preset: Literal["paper"] | None = Field(None, description="paper: keep-fraction 0.5, stability-weight 1.5")
     keep_fraction: float = Field(0.8, gt=0, le=1, description="share of response tokens to keep (the paper's rho)")
     scope: Scope = Field("sequence", description="one threshold per response, or one for the whole data set")
-    min_value: float | None = Field(None, description="also drop tokens with a value below this")
+    min_value: FiniteFloat | None = Field(None, description="also drop tokens with a value below this")
     drop_sequences: float = Field(
         0.0, ge=0, lt=1, description="first drop this share of rows, the lowest by mean value"
     )
     protect: list[str] = Field([], description="token classes that are always kept, such as end-of-turn")
-    stability_weight: float = Field(1.5, ge=0, description="the paper's lambda")
+    stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda")
     weights: bool = Field(False, description="also write soft weights: 1 where kept, by rank below 1 elsewhere")
 
     @model_validator(mode="before")

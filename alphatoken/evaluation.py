@@ -13,18 +13,17 @@ N response tokens, T positions, C choices of a question, R rows.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alphatoken.baselines import forward_losses
 from alphatoken.batching import make_batch, plan_batches
 from alphatoken.evaluation_rows import Piece, Prompt, Question
-from alphatoken.fisher import until_end
+from alphatoken.generation import generate
 from alphatoken.model import ScoringModel
 from alphatoken.tokenizer import end_of_turn_ids
 
@@ -158,7 +157,7 @@ def answer_accuracy(
     cut = 0
     for part in _parts(prompts):
         for group in _generation_groups([len(prompt.input_ids) + max_new_tokens for prompt in part], batch_tokens):
-            answers = greedy_answers(scoring, [part[i].input_ids for i in group], max_new_tokens, ends)
+            answers = generate(scoring, [part[i].input_ids for i in group], max_new_tokens=max_new_tokens, end_ids=ends)
             for i, answer in zip(group, answers, strict=True):
                 said = extract(tokenizer.decode(answer, skip_special_tokens=True))
                 right = said is not None and said == extract(part[i].reference)
@@ -175,50 +174,6 @@ def stop_ids(scoring: ScoringModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     settings = getattr(scoring.model, "generation_config", None)
     more = getattr(settings, "eos_token_id", None)
     return ids.union(more if isinstance(more, list) else [] if more is None else [more])
-
-
-@torch.no_grad()
-def greedy_answers(
-    scoring: ScoringModel, prompts: list[list[int]], max_new_tokens: int, end_ids: set[int]
-) -> list[list[int]]:
-    """The likeliest next tokens, one after the other, up to and including the first of end_ids."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # BT, padded on the left: answers begin together
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) :] = torch.tensor(prompt)
-        mask[b, width - len(prompt) :] = 1
-    with _plain_generation(scoring):
-        generated = scoring.model.generate(
-            input_ids=ids.to(scoring.device),
-            attention_mask=mask.to(scoring.device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(end_ids) or None,
-            pad_token_id=min(end_ids, default=0),
-        )
-    return [until_end(answer, end_ids) for answer in generated[:, width:].tolist()]
-
-
-@contextmanager
-def _plain_generation(scoring: ScoringModel) -> Iterator[None]:
-    """Without the checkpoint's own generation settings (penalties, minimum lengths), which are no part of the weights.
-
-    Models that cap attention logits run transformers' attention: ours takes the queries of a cached step, which are
-    the last positions, for the first ones.
-    """
-    model = scoring.model
-    settings, attention = model.generation_config, model.config._attn_implementation
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model.generation_config = GenerationConfig()
-    try:
-        if capped:
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        model.generation_config = settings
-        if capped:
-            model.set_attn_implementation(attention)
 
 
 def _generation_groups(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

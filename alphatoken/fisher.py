@@ -7,14 +7,13 @@ delta is the gradient of the summed (never mean) loss. A property of the referen
 
 from collections.abc import Iterable
 
-import torch
-
 from alphatoken.architecture import scored_linears
 from alphatoken.batching import Batch, make_batch
 from alphatoken.capture import capture
 from alphatoken.contraction import squared_outer_sum
 from alphatoken.direction import MeanGradient, Tensors, add_into
 from alphatoken.errors import UserError
+from alphatoken.generation import generate
 from alphatoken.model import ScoringModel
 
 
@@ -44,7 +43,6 @@ def diagonal_fisher(scoring: ScoringModel, batches: Iterable[Batch], parameters:
     return MeanGradient({name: tensor / num_rows for name, tensor in total.items()}, num_rows, num_tokens)
 
 
-@torch.no_grad()
 def sample_responses(
     scoring: ScoringModel,
     prompts: list[list[int]],
@@ -54,35 +52,8 @@ def sample_responses(
     end_ids: set[int],
     seed: int,
 ) -> Batch:
-    """One sampled response per prompt (temperature 1, no truncation of the distribution), as a scoring batch."""
-    width = max(len(prompt) for prompt in prompts)
-    device = scoring.device
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):  # generation needs prompts to end together: padding on the left
-        ids[b, width - len(prompt) :] = torch.tensor(prompt)
-        mask[b, width - len(prompt) :] = 1
-    torch.manual_seed(seed)
-    generated = scoring.model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(end_ids),
-        pad_token_id=min(end_ids),
-    )[:, width:].tolist()
-    rows = [prompt + until_end(answer, end_ids) for prompt, answer in zip(prompts, generated, strict=True)]
+    """One sampled response per prompt (the model's own distribution), as a scoring batch."""
+    answers = generate(scoring, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, seed=seed)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     masks = [[i >= len(prompt) for i in range(len(row))] for prompt, row in zip(prompts, rows, strict=True)]
     return make_batch(rows, masks, row_ids)
-
-
-def until_end(answer: list[int], end_ids: set[int]) -> list[int]:
-    """Tokens up to and including the first end-of-turn token."""
-    for index, token in enumerate(answer):
-        if token in end_ids:
-            return answer[: index + 1]
-    return answer

@@ -1,4 +1,4 @@
-"""What the pipeline adds to the computation: `run_score` against a bare loop over the same rows with the same estimator.
+"""What the pipeline adds to the computation: `run_score` against a bare loop over the same rows.
 
     python benchmarks/ray_overhead.py [--rows 256] [--json FILE]
 
@@ -86,7 +86,10 @@ def main() -> None:
     print_table(
         f"{counts['rows_out']} rows, {counts['tokens']:,} tokens, exact over all linear weights",
         ["", "seconds", "x bare loop"],
-        [["bare loop", f"{bare:.1f}", "1.00"], ["pipeline (Ray, cold start)", f"{pipeline:.1f}", f"{pipeline / bare:.3f}"]],
+        [
+            ["bare loop", f"{bare:.1f}", "1.00"],
+            ["pipeline (Ray, cold start)", f"{pipeline:.1f}", f"{pipeline / bare:.3f}"],
+        ],
     )
     write_result(
         arguments.json,

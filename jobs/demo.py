@@ -62,12 +62,9 @@ def _show(config: DemoConfig, result: dict) -> None:
     counts = result["counts"]
     console.rule()
     console.print("green: training on the token helps the target; red: it hurts; struck out: dropped from the loss")
-    console.print(
-        f"kept {counts['kept_fraction']:.1%} of {counts['response_tokens']:,} response tokens, {counts['rows_out']} rows"
-    )
-    console.print(
-        f"token-masked data set (columns input_ids and labels; trainers take it as it is): {result['masked']}"
-    )
+    rows, tokens = counts["rows_out"], counts["response_tokens"]
+    console.print(f"kept {counts['kept_fraction']:.1%} of {tokens:,} response tokens in {rows} rows")
+    console.print(f"token-masked data set: {result['masked']} (columns input_ids and labels: trainers take it as it is)")
     console.print(f"look further: alphatoken show {result['masked']}")
 
 

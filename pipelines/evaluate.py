@@ -246,7 +246,7 @@ def _file_measures(config: EvaluateConfig, files: dict, kind: str, name: str) ->
 def _compared(kind: str, name: str, measure: str, estimates: list[Estimate]) -> dict:
     """One line of the table; with two models also second minus first."""
     values = [as_number(each.value, each.standard_error) for each in estimates]
-    line = {"kind": kind, "file": name, "measure": measure, "values": values}
+    line: dict[str, Any] = {"kind": kind, "file": name, "measure": measure, "values": values}
     if len(estimates) == 2:
         change = estimates[1] - estimates[0]
         line["difference"] = as_number(change.value, change.standard_error)

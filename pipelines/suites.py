@@ -61,7 +61,8 @@ def suite_measures(models: list[str], tasks: dict[str, dict]) -> Iterator[dict]:
                 for model in models
             ]
             measure = metric if chosen == "none" else f"{metric} ({chosen})"
-            line = {"kind": "lm-eval", "file": task, "measure": measure, "values": [as_number(*pair) for pair in pairs]}
+            values = [as_number(*pair) for pair in pairs]
+            line: dict[str, Any] = {"kind": "lm-eval", "file": task, "measure": measure, "values": values}
             if len(pairs) == 2:
                 (before, error_before), (after, error_after) = pairs
                 line["difference"] = as_number(after - before, math.hypot(error_before, error_after))

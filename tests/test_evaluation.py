@@ -21,11 +21,11 @@ from alphatoken.evaluation import (
     answer_accuracy,
     choice_accuracy,
     estimate,
-    greedy_answers,
     stop_ids,
     token_loss,
 )
 from alphatoken.evaluation_rows import VERIFIERS, Piece, RowReader, answer_index, check_columns, final_number
+from alphatoken.generation import generate
 from alphatoken.model import ScoringModel, prepare_model
 
 SMALL, LARGE = 16, 4096  # batch_tokens: about one row per batch, all rows in one
@@ -286,8 +286,8 @@ def test_greedy_answers_are_those_of_every_prompt_alone(architecture):
     ends = {2} | {answer_alone(scoring.model, prompts[0], 3, set())[-1]}
     expected = [answer_alone(scoring.model, prompt, 10, ends) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 1
-    assert greedy_answers(scoring, prompts, 10, ends) == expected
-    assert [greedy_answers(scoring, [prompt], 10, ends)[0] for prompt in prompts] == expected
+    assert generate(scoring, prompts, max_new_tokens=10, end_ids=ends) == expected
+    assert [generate(scoring, [prompt], max_new_tokens=10, end_ids=ends)[0] for prompt in prompts] == expected
     assert scoring.model.generation_config is settings and scoring.model.config._attn_implementation == attention
 
 

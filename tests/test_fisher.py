@@ -8,7 +8,8 @@ from tiny_models import VOCABULARY, random_rows, tiny_model
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
 from alphatoken.errors import UserError
-from alphatoken.fisher import diagonal_fisher, sample_responses, until_end
+from alphatoken.fisher import diagonal_fisher, sample_responses
+from alphatoken.generation import until_end
 from alphatoken.model import prepare_model
 
 

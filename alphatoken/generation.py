@@ -1,0 +1,63 @@
+"""Responses by transformers' own generate: sampled for the Fisher, greedy for evaluation.
+
+B prompts, T positions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig
+
+from alphatoken.model import ScoringModel
+
+
+@torch.no_grad()
+def generate(
+    scoring: ScoringModel, prompts: list[list[int]], *, max_new_tokens: int, end_ids: set[int], seed: int | None = None
+) -> list[list[int]]:
+    """One response per prompt, up to and including its end-of-turn token.
+
+    seed: sample from the model's own distribution (temperature 1, nothing cut off); None: the likeliest tokens.
+    """
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # BT, padded on the left: responses begin together
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = torch.tensor(prompt)
+        mask[b, width - len(prompt) :] = 1
+    sampling = (
+        {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    )
+    if seed is not None:
+        torch.manual_seed(seed)
+    with _plain_settings(scoring):
+        generated = scoring.model.generate(
+            input_ids=ids.to(scoring.device),
+            attention_mask=mask.to(scoring.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(end_ids) or None,
+            pad_token_id=min(end_ids, default=0),
+            **sampling,
+        )
+    return [until_end(answer, end_ids) for answer in generated[:, width:].tolist()]
+
+
+@contextmanager
+def _plain_settings(scoring: ScoringModel) -> Iterator[None]:
+    """Without the checkpoint's own generation settings (penalties, minimum lengths): no part of the weights."""
+    model = scoring.model
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
+def until_end(answer: list[int], end_ids: set[int]) -> list[int]:
+    """Tokens up to and including the first end-of-turn token."""
+    for index, token in enumerate(answer):
+        if token in end_ids:
+            return answer[: index + 1]
+    return answer
