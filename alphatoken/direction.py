@@ -63,13 +63,15 @@ def mean_gradient(scoring: ScoringModel, batches: Iterable[Batch], options: Grad
         if options.normalization == "sequence":
             assert batch.input_ids.shape[0] == 1, "per-sequence normalisation needs one row per batch"
             length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
-            if not weight or not length:
-                continue
-            gradient, weight = {name: g / length for name, g in gradient.items()}, 1.0
+            usable = bool(weight) and bool(length)
+            gradient = {name: g / length if usable else torch.zeros_like(g) for name, g in gradient.items()}
+            weight = float(usable)
         add_into(total, gradient)
         weight_sum += weight
         num_rows += batch.input_ids.shape[0]
         num_tokens += batch.num_response_tokens
+    if not num_rows:
+        raise UserError("no validation row could be used, so there is no direction; check --validation")
     if not weight_sum:
         raise UserError("no validation token has a weight above zero, so there is no direction; check --class-weights")
     return MeanGradient({name: tensor / weight_sum for name, tensor in total.items()}, num_rows, num_tokens)

@@ -10,7 +10,8 @@ B rows, T positions, V vocabulary. Everything per token is aligned to the label:
 input_ids[i] (see schema.py), entry 0 is zero because nothing predicts the first token.
 """
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from alphatoken.schema import IGNORE_INDEX
 DPOMask = Literal["loss", "ratio"]
 
 
-class LossSum(NamedTuple):
+@dataclass(frozen=True)
+class LossSum:
     """The caller divides: by the counts of all micro-batches and workers that share an optimizer step."""
 
     total: torch.Tensor  # scalar, with gradient

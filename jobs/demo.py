@@ -64,7 +64,7 @@ def _show(config: DemoConfig, result: dict) -> None:
     console.print("green: training on the token helps the target; red: it hurts; struck out: dropped from the loss")
     rows, tokens = counts["rows_out"], counts["response_tokens"]
     console.print(f"kept {counts['kept_fraction']:.1%} of {tokens:,} response tokens in {rows} rows")
-    console.print(f"token-masked data set: {result['masked']} (columns input_ids and labels: trainers take it as it is)")
+    console.print(f"token-masked data set: {result['masked']} (input_ids and labels: trainers take it as it is)")
     console.print(f"look further: alphatoken show {result['masked']}")
 
 

@@ -34,9 +34,9 @@ def _start_local(num_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's default of hiding GPUs from tasks that ask for none changes soon; say which one is meant.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that tokens are on, its default
     with _packages_on_path():
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that tokens are on, its default
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
 @contextmanager

@@ -59,7 +59,10 @@ def make_direction(
     refused: list[str] = []
     one_by_one = config.normalization == "sequence"
     batches = _validation_batches(config.validation, encoder, scoring.device, config.batch_tokens, one_by_one, refused)
-    found = directions.mean_gradient(scoring, batches, options)
+    try:
+        found = directions.mean_gradient(scoring, batches, options)
+    except UserError as error:
+        raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", found.num_rows, refused)
     scale = _adam_scale(scoring, encoder, config, parameters)
     tensors = {
@@ -132,5 +135,9 @@ def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) ->
 def report_refused(what: str, used: int, refused: list[str]) -> None:
     """Say which rows of a small input were left out; they appear in no quarantine table."""
     if refused:
-        shown = "; ".join(refused[:MAX_REASONS])
-        logger.warning("%d %s rows used, %d left out: %s", used, what, len(refused), shown)
+        logger.warning("%d %s rows used, %d left out %s", used, what, len(refused), reasons(refused))
+
+
+def reasons(refused: list[str]) -> str:
+    """The first few, in brackets; nothing where no row was refused."""
+    return f"({'; '.join(refused[:MAX_REASONS])})" if refused else ""

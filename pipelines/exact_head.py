@@ -19,7 +19,7 @@ def use_exact_head(model: PreTrainedModel) -> None:
 
     def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **inputs: Any) -> Any:
         outputs = fused(*args, fused_lm_head=fused_lm_head, labels=labels, **inputs)
-        if fused_lm_head:
+        if fused_lm_head and labels is not None:
             logits = fused(*args, **inputs).logits
             outputs.log_probs = token_logprobs(logits, labels)[:, 1:]
         return outputs

@@ -159,7 +159,7 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
             )
         return False
     if stored and config.reference_model:
-        return _same_reference(config, stored_fingerprint)
+        return _same_reference(config.reference_model, config, stored_fingerprint)
     if not stored and not (config.reference_model or config.lora_rank):
         raise UserError(
             f"{config.data} has no reference log-probabilities ({', '.join(REFERENCE_COLUMNS)}); give --reference-model"
@@ -167,11 +167,11 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
     return stored
 
 
-def _same_reference(config: TrainConfig, stored_fingerprint: str | None) -> bool:
+def _same_reference(name: str, config: TrainConfig, stored_fingerprint: str | None) -> bool:
     from alphatoken.model import fingerprint
     from pipelines.train_worker import load_for_training
 
-    same = fingerprint(load_for_training(config.reference_model, config)) == stored_fingerprint
+    same = fingerprint(load_for_training(name, config)) == stored_fingerprint
     if not same:
         logger.warning(
             "the reference log-probabilities in %s are not known to be of %s: they are computed again",

@@ -83,6 +83,8 @@ class RowsWithFillers(Dataset):
 class EpochLoader(DataLoader):
     """transformers tells a loader the epoch by this method."""
 
+    batch_sampler: EpochBatches
+
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 

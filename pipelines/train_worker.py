@@ -108,13 +108,13 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
         "callbacks": [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else None,
     }
     if config.objective == "sft":
-        collator = SFTCollator(pad, config.max_length, config.weights)
-        trainer = MaskedSFTTrainer(**shared, data_collator=collator, normalize=config.normalize)
+        batches = SFTCollator(pad, config.max_length, config.weights)
+        trainer = MaskedSFTTrainer(**shared, data_collator=batches, normalize=config.normalize)
     else:
-        collator = DPOCollator(pad, config.max_length, reference, config.dpo_mask)
-        needed = not reference and config.reference_model
-        ref_model = load_for_training(config.reference_model, config) if needed else None
-        trainer = MaskedDPOTrainer(**shared, data_collator=collator, ref_model=ref_model, dpo_mask=config.dpo_mask)
+        pairs = DPOCollator(pad, config.max_length, reference, config.dpo_mask)
+        name = None if reference else config.reference_model  # LoRA without one: the model without its adapter
+        ref_model = load_for_training(name, config) if name else None
+        trainer = MaskedDPOTrainer(**shared, data_collator=pairs, ref_model=ref_model, dpo_mask=config.dpo_mask)
     trainer.remove_callback(PrinterCallback)  # the driver shows the metrics file
     return trainer
 

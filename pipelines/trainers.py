@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import is_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer, SFTTrainer
 
@@ -47,7 +47,7 @@ class SkipEmptySteps(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"skipped": self.skipped}}
 
 
-class _MaskedTrainer:
+class _MaskedTrainer(Trainer):
     """What both objectives share; goes before TRL's class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +144,7 @@ class _MaskedTrainer:
         """What is wrong with the masks in the trainer's own first batch, or None. Leaves no trace in random states."""
         loader = self.get_train_dataloader()
         indices = next(iter(loader.batch_sampler))
-        rows = loader.dataset.__getitems__(indices)
+        rows = [loader.dataset[index] for index in indices]
         return self._lost_masks(rows, loader.collate_fn(rows))
 
     def _lost_masks(self, rows: list[dict], batch: Batch) -> str | None:

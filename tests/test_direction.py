@@ -119,5 +119,7 @@ def test_nothing_with_weight_is_an_error():
     rows = batches_of(random_rows(0, 2), 2)
     with pytest.raises(UserError, match="class-weights"):
         direction.mean_gradient(scoring, rows, direction.GradientOptions(class_weights=torch.zeros(VOCABULARY)))
+    with pytest.raises(UserError, match="no validation row"):
+        direction.mean_gradient(scoring, [], direction.GradientOptions())
     with pytest.raises(UserError, match="linear weights"):
         direction.mean_gradient(scoring, rows, direction.GradientOptions(parameters="all", positions="response"))

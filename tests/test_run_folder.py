@@ -105,8 +105,19 @@ def test_another_run_is_refused_by_name_and_replaced_on_demand(folder):
     assert folder.open(other) == "resume"
 
 
+def test_a_run_that_wrote_no_shard_is_in_nobody_s_way(folder):
+    folder.open(IDENTITY)
+    other = IDENTITY | {"stage": "score"}
+    assert folder.open(other) == "new"
+    assert folder.open(other) == "resume"
+    folder.write_shard(rows(1), None, record(1))
+    with pytest.raises(UserError, match="different run"):
+        folder.open(IDENTITY)
+
+
 def test_many_differences_are_cut(folder):
     folder.open({"config": {str(number): 0 for number in range(8)}})
+    folder.write_shard(rows(1), None, record(1))
     with pytest.raises(UserError, match="and 3 more"):
         folder.open({"config": {str(number): 1 for number in range(8)}})
 

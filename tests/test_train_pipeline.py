@@ -62,6 +62,7 @@ def difference(before, after) -> list[torch.Tensor]:
     return [old.detach() - new.detach() for old, new in zip(before.parameters(), after.parameters(), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sft_gradient_over_workers(local_ray, tmp_path, model, workers):
     """7 rows: with two workers, one of them has a row less, and nothing counts twice."""
@@ -86,6 +87,7 @@ def test_sft_gradient_over_workers(local_ray, tmp_path, model, workers):
         run_train(config.model_copy(update={"learning_rate": 0.5}))
 
 
+@pytest.mark.slow
 def test_dpo_gradient_over_workers(local_ray, tmp_path, model):
     """3 pairs on 2 workers, so one gets a filler; the reference's log-probabilities are stored."""
     reference = load64(write_model(tmp_path / "reference", seed=1))
@@ -150,10 +152,16 @@ def wait_until_gone(processes: list) -> None:
         time.sleep(0.1)
 
 
-def workers_of(process) -> list:
-    return [child for child in process.children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
+def workers_of(process, *titles: str) -> list:
+    """Ray's processes below one of ours whose title has one of `titles`."""
+    return [
+        child
+        for child in process.children(recursive=True)
+        if any(title in " ".join(child.cmdline()[:1]) for title in titles)
+    ]
 
 
+@pytest.mark.slow
 def test_a_killed_worker(local_ray, tmp_path, model, masked):
     config = TrainConfig(data=masked, model=model, output=str(tmp_path / "out"), num_workers=2, **LONG)
     killed = []
@@ -161,7 +169,7 @@ def test_a_killed_worker(local_ray, tmp_path, model, masked):
     def kill_one(line: dict) -> None:
         checkpoints = list(Path(config.output, "checkpoints", "run").glob("checkpoint_2*"))
         if not killed and checkpoints and line["step"] >= 5:
-            victim = workers_of(psutil.Process())[0]
+            victim = workers_of(psutil.Process(), "RayTrainWorker")[0]
             killed.append((line["step"], victim.pid))
             victim.kill()
 
@@ -177,6 +185,7 @@ pipelines.train.run_train(pipelines.train.TrainConfig(**json.loads(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver(local_ray, tmp_path, model, masked):
     config = TrainConfig(data=masked, model=model, output=str(tmp_path / "out"), seed=3, **LONG)
     root = str(Path(__file__).parents[1])
@@ -187,7 +196,7 @@ def test_a_killed_driver(local_ray, tmp_path, model, masked):
     )  # fmt: skip
     try:
         wait_for_checkpoint(config.output)
-        others = psutil.Process(driver.pid).children(recursive=True)
+        others = workers_of(psutil.Process(driver.pid), "RayTrainWorker", "TrainController")
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -201,6 +210,7 @@ def test_a_killed_driver(local_ray, tmp_path, model, masked):
     assert_as_if_nothing_happened(config, manifest, uninterrupted(config, tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_lora_with_evaluation_and_early_stopping(local_ray, tmp_path, model, masked):
     """The loss rises at once at this rate, so the run stops early and returns its first checkpoint."""
     held_out = tmp_path / "held-out.jsonl"
