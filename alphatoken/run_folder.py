@@ -66,8 +66,9 @@ class RunFolder:
         """Prepare the folder for the run that `identity` describes (JSON values).
 
         'finished': the same run ended here. 'resume': the same run was cut off; what it did not commit is removed.
-        'new': everything else that may be written to, also after another run that ended before its first shard. Raises UserError where another run's results are in the way
-        (unless `overwrite`) and where files are that no run wrote (always: they are not ours to delete).
+        'new': everything else that may be written to, also after another run without any result. Raises UserError
+        where another run's results are in the way (unless `overwrite`) and where files are that no run wrote (always:
+        they are not ours to delete).
         """
         earlier = self._earlier_identity()
         if earlier is not None and (overwrite or (any(_differences(earlier, identity)) and not self._has_results())):
@@ -132,7 +133,8 @@ class RunFolder:
 
     def _has_results(self) -> bool:
         """Whether anything would be lost: a run that failed before its first shard is in nobody's way."""
-        return storage.exists(self._path("manifest.json")) or bool(self._shard_files("commits"))
+        kept = ("manifest.json", "checkpoints")  # train keeps checkpoints instead of shards
+        return any(storage.exists(self._path(name)) for name in kept) or bool(self._shard_files("commits"))
 
     def _shard_files(self, folder: str) -> list[tuple[str, str]]:
         """(digits of the first row id, file name) of one of the folders in SHARD_FILES, sorted."""

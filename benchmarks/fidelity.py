@@ -20,7 +20,7 @@ from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.exact import Exact
-from alphatoken.model import ScoringModel, load_model
+from alphatoken.model import ScoringModel, load_model, prepare_model
 from alphatoken.value_propagation import ValuePropagation
 
 BOOTSTRAP = 2000
@@ -71,24 +71,21 @@ def adapted_reference(scoring: ScoringModel, batches: list[Batch], steps: int, r
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    from alphatoken.model import prepare_model
-
     return prepare_model(model)
 
 
 def estimators(scoring: ScoringModel, batches: list[Batch]):
     """(name, estimator), made one at a time: each holds tensors of the model's size."""
-    for parameters in ("all", "all-linear", "last-layers:12", "last-layers:3", "last-layers:1"):
+    for parameters in ("all", "all-linear", "last-layers:3"):
         direction = mean_gradient(scoring, batches, GradientOptions(parameters)).tensors
         for method in ("forward", "central") if parameters == "all" else ("auto",):
             yield (
                 f"exact, {parameters}" + ("" if method == "auto" else f", {method}"),
                 Exact(scoring, parameters, direction, method=method),
             )
-    for parameters in ("last-layers:3", "all-linear"):
-        direction = mean_gradient(scoring, batches, GradientOptions(parameters, positions="response")).tensors
-        yield f"value_propagation, {parameters}", ValuePropagation(scoring, parameters, direction)
-        yield f"direct path only, {parameters}", ValuePropagation(scoring, parameters, direction, window=0)
+    direction = mean_gradient(scoring, batches, GradientOptions("last-layers:3", positions="response")).tensors
+    yield "value_propagation, last-layers:3", ValuePropagation(scoring, "last-layers:3", direction)
+    yield "direct path only, last-layers:3", ValuePropagation(scoring, "last-layers:3", direction, window=0)
     for signal in ("loss", "entropy", "random"):
         yield signal, Baseline(scoring, signal)
     yield (
