@@ -58,6 +58,14 @@ def detach_masked(logprobs_BT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Ten
     return torch.where(kept_BT, logprobs_BT, logprobs_BT.detach())
 
 
+def dpo_omega(chosen_ratio_B: torch.Tensor, rejected_ratio_B: torch.Tensor, beta: float) -> torch.Tensor:
+    """(B,) beta * sigmoid(-s): how strongly a pair pulls, from log-ratios (log pi - log pi_ref) of whole responses.
+
+    A chosen token's loss counts with omega, a rejected token's with -omega (Eq. 14); so do their values.
+    """
+    return beta * torch.sigmoid(-beta * (chosen_ratio_B - rejected_ratio_B))
+
+
 def dpo_loss(
     chosen_BT: torch.Tensor,
     rejected_BT: torch.Tensor,

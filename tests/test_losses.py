@@ -63,6 +63,7 @@ def test_dpo_loss_mode_is_equation_14():
     found = losses.dpo_loss(chosen, rejected, keep_c, keep_r, ref_c, ref_r, beta, "loss")
     s = beta * ((chosen - ref_c).sum(1) - (rejected - ref_r).sum(1))
     omega = beta * torch.sigmoid(-s).detach()
+    torch.testing.assert_close(losses.dpo_omega((chosen - ref_c).sum(1), (rejected - ref_r).sum(1), beta), omega)
     torch.testing.assert_close(found.total, -logsigmoid(s).sum())
     assert found.count.item() == B
     grad_c, grad_r = torch.autograd.grad(found.total, (chosen, rejected))
