@@ -18,7 +18,8 @@ Scope = Literal["sequence", "dataset"]
 Normalization = Literal["token", "sequence"]
 
 
-def _check_parameters(value: str | None) -> str | None:
+def check_parameters(value: str | None) -> str | None:
+    """A validator: ValueError unless `value` is a set of parameters that we know."""
     if value is not None and not PARAMETERS_PATTERN.match(value):
         raise ValueError(f"{value!r} is not last-layers:K, all-linear or all")
     return value
@@ -67,10 +68,10 @@ class FisherConfig(StageConfig, DataOptions, ModelOptions):
     max_new_tokens: int = Field(128, ge=1, description="tokens sampled per prompt")
     seed: int = 0
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
 
-class DirectionOptions(BaseModel):
+class DirectionShape(BaseModel):
     """How validation rows become a direction."""
 
     normalization: Normalization = Field(
@@ -87,6 +88,15 @@ class DirectionOptions(BaseModel):
     preconditioner: Literal["none", "adam"] = Field(
         "none", description="adam: divide by the root of the second moments of training gradients"
     )
+
+    def positions_for(self, estimator: str) -> str:
+        """The positions asked for, else the estimator's own."""
+        return self.positions or ("response" if estimator == "value_propagation" else "all")
+
+
+class DirectionOptions(DirectionShape):
+    """The same, for a checkpoint without an optimizer."""
+
     preconditioner_data: list[str] = Field(
         [], description="training files for the second moments; score uses its own --data"
     )
@@ -100,7 +110,7 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     validation: list[str] = Field(min_length=1, description="validation files of the target task")
     parameters: Parameters = "all-linear"
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
 
 class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
@@ -127,7 +137,7 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     shard_tokens: int | None = Field(None, ge=1, description="about this many tokens per output shard; default by size")
     seed: int = Field(0, description="estimator random")
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScoreConfig":

@@ -11,7 +11,7 @@ computed once for all of it, and again only for kept tokens, whose gradient the 
 B rows, T positions, N response tokens of the batch in row-major order, D hidden width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from alphatoken.errors import UserError
 from alphatoken.exact import Trunk, hidden_tangent
 from alphatoken.head import LossHead, TrainedLosses, check_head
 from alphatoken.model import ScoringModel
+from alphatoken.selection import keep_count
 from alphatoken.value_propagation import ValuePropagation
 
 ESTIMATORS = ("value_propagation", "exact")
@@ -78,10 +79,10 @@ class InRun:
         values = self._watch.values(batch, predicting, gradient, losses.detach()) if valued else None
         return ValuedForward(losses, values)
 
-    def value(self, batch: Batch) -> torch.Tensor:
-        """Values alone (N), where a forward pass cannot be shared."""
+    def value(self, batch: Batch) -> ValuedForward:
+        """Losses and values without a training graph, where a forward pass cannot be shared."""
         with _frozen(self.scoring.model):
-            return self.forward(batch).values
+            return self.forward(batch)
 
     def mean_gradient(
         self, batches: Iterable[Batch], options: directions.GradientOptions
@@ -162,6 +163,35 @@ class _Tangent:
         self.entered = None
         _, tangent = hidden_tangent(self.scoring, batch, self.tangents, trunk)
         return (gradient * tangent).sum(-1, dtype=losses.dtype)
+
+
+def keep_by_quantile(
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    branches: torch.Tensor,
+    keep_fraction: float,
+    everyones: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> torch.Tensor:
+    """N bool: the (1 - keep_fraction) quantile of the step's batch as threshold, one per branch (METHOD: scope batch).
+
+    values N; rows N: row of each token; branches N: 0, or 1 for DPO's rejected responses. `everyones` turns the values
+    of a branch here into those of all workers. Ties are kept, and so is the best token of a row that would lose all.
+    A value that is not finite is dropped.
+    """
+    values = values.where(values.isfinite(), -torch.inf)
+    keep = torch.zeros_like(values, dtype=torch.bool)
+    for branch in (0, 1):
+        mine = branches == branch
+        known = everyones(values[mine])
+        if len(known):
+            threshold = known.topk(int(keep_count(keep_fraction, len(known)))).values[-1]
+            keep[mine] = values[mine] >= threshold
+    if len(values):
+        count = int(rows.max()) + 1
+        kept_rows = torch.zeros(count, dtype=torch.bool, device=rows.device).index_put((rows[keep],), keep[keep])
+        best = values.new_full((count,), -torch.inf).scatter_reduce(0, rows, values, "amax")
+        keep |= ~kept_rows[rows] & (values == best[rows])
+    return keep & values.isfinite()
 
 
 @contextmanager

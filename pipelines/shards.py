@@ -1,4 +1,4 @@
-"""Scored blocks to shards with commit records, and the sums over those records. Light to import: CPU tasks run it."""
+"""Encoded or scored blocks to shards with commit records, and sums over those. Light to import: CPU tasks run it."""
 
 from collections import Counter
 
@@ -18,9 +18,9 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
     if not block.num_rows:
         return {}
     block = block.sort_by("row_id")
-    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST}
+    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST if name in block.column_names}
     good = pc.is_null(block["reason"])
-    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *COST])
+    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *cost])
     refused = block.filter(pc.invert(good))
     quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
         "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
@@ -31,10 +31,11 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
         "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
-        "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
-        "computed_positions": round(cost["computed_positions"]),
-        "scoring_seconds": round(cost["seconds"], 4),
+        "response_tokens": pc.sum(pc.list_flatten(data["response_mask"])).as_py() or 0,
     }
+    if cost:
+        counts["computed_positions"] = round(cost["computed_positions"])
+        counts["scoring_seconds"] = round(cost["seconds"], 4)
     record = {
         "first_row_id": int(block["row_id"][0].as_py()),
         "row_ids": row_id_runs(block["row_id"].to_numpy()),
@@ -58,6 +59,6 @@ def total_counts(folder: RunFolder) -> dict:
         reasons.update(record["reasons"])
     if not total["rows_out"]:
         shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
-        raise UserError(f"no row could be scored: {shown}")
+        raise UserError(f"no row can be used: {shown}")
     counts = {name: round(value, 3) for name, value in total.items()}
     return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

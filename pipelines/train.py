@@ -4,6 +4,7 @@
     OUT/checkpoints/run/   Ray Train's: checkpoints and their list; a run that was cut off goes on at the last one
     OUT/metrics.jsonl      a line per log or evaluation
     OUT/evaluation.parquet held-out rows, encoded
+    OUT/encoded            in-run: the training files, encoded
     OUT/model, OUT/adapter the result: transformers folders
     OUT/manifest.json      written last
 
@@ -32,7 +33,7 @@ from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import connect, torch_threads
-from pipelines.train_checks import TrainPlan, check_resources, check_train, write_evaluation
+from pipelines.train_checks import TrainPlan, check_resources, check_train, with_encoded_rows, write_evaluation
 from pipelines.train_export import export_model
 from pipelines.train_worker import train_worker
 
@@ -42,7 +43,7 @@ NOT_IDENTITY = {
     "gradient_checkpointing",
 }  # fmt: skip
 OWN_FILES = ("metrics.jsonl", "evaluation.parquet")
-OWN_FOLDERS = ("checkpoints", "model", "adapter")
+OWN_FOLDERS = ("checkpoints", "encoded", "model", "adapter")
 TRAIN_PACKAGES = ("trl", "peft", "accelerate")
 RUN_NAME = "run"
 KEPT_CHECKPOINTS = 2
@@ -69,6 +70,8 @@ def run_train(config: TrainConfig, progress: Progress | None = None) -> dict:
     evaluation = write_evaluation(config, plan, storage.join(folder.uri, "evaluation.parquet"))
     connect()
     check_resources(config)
+    if config.trains_on_files:
+        plan = with_encoded_rows(config, plan, storage.join(folder.uri, "encoded"))
     result = _fit(config, plan, evaluation, folder.uri, progress)
     outcome = result.return_value
     best = _best(config, result)

@@ -180,8 +180,12 @@ def _pad(rows: list[torch.Tensor], value: float | bool) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def columns_for(objective: str, available: list[str], use_weights: bool, reference: bool) -> list[str]:
+def columns_for(
+    objective: str, available: list[str], use_weights: bool, reference: bool, masked: bool = True
+) -> list[str]:
     """The columns that training reads."""
+    if objective == "sft" and not masked:
+        return ["input_ids", "response_mask"]
     if objective == "sft":
         return [*SFT_COLUMNS, *([WEIGHTS] if use_weights and WEIGHTS in available else [])]
     return [*DPO_COLUMNS, *(REFERENCE_COLUMNS if reference else ())]

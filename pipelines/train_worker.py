@@ -28,6 +28,7 @@ from alphatoken.model import fingerprint
 from alphatoken.tokenizer import load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import prepare_worker
+from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.train_data import columns_for, load_rows
 from pipelines.train_export import TRAINER_STATE
 
@@ -92,12 +93,13 @@ def _finished_state(checkpoint: str | None) -> dict | None:
 
 def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     """The trainer of the objective with its model and rows. `settings`: see pipelines/train.py."""
+    from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
     from pipelines.trainers import DPOCollator, MaskedDPOTrainer, MaskedSFTTrainer, SFTCollator
 
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     reference = settings["stored_reference"]
-    columns = columns_for(config.objective, settings["columns"], config.weights, reference)
+    columns = columns_for(config.objective, settings["columns"], config.weights, reference, masked=not config.in_run)
     shared = {
         "model": load_for_training(config.model, config),
         "args": training_arguments(config, folder, reference),
@@ -107,16 +109,39 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
         "peft_config": _lora(config),
         "callbacks": [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else None,
     }
+    in_run = {"plan": in_run_plan(config, shared["args"])} if config.in_run else {}
     if config.objective == "sft":
-        batches = SFTCollator(pad, config.max_length, config.weights)
-        trainer = MaskedSFTTrainer(**shared, data_collator=batches, normalize=config.normalize)
+        collator = SFTCollator(pad, config.max_length, config.weights, use_masks=not config.in_run)
+        kind = InRunSFTTrainer if config.in_run else MaskedSFTTrainer
+        trainer = kind(**shared, **in_run, data_collator=collator, normalize=config.normalize)
     else:
-        pairs = DPOCollator(pad, config.max_length, reference, config.dpo_mask)
+        collator = DPOCollator(pad, config.max_length, reference, config.dpo_mask, use_masks=not config.in_run)
         name = None if reference else config.reference_model  # LoRA without one: the model without its adapter
         ref_model = load_for_training(name, config) if name else None
-        trainer = MaskedDPOTrainer(**shared, data_collator=pairs, ref_model=ref_model, dpo_mask=config.dpo_mask)
+        kind = InRunDPOTrainer if config.in_run else MaskedDPOTrainer
+        trainer = kind(**shared, **in_run, data_collator=collator, ref_model=ref_model, dpo_mask=config.dpo_mask)
     trainer.remove_callback(PrinterCallback)  # the driver shows the metrics file
     return trainer
+
+
+def in_run_plan(config: TrainConfig, args: Any) -> Any:
+    """Validation rows (this worker's share), Fisher and reference weights of an in-run training."""
+    from pipelines.in_run import InRunPlan
+
+    fisher, weights = load_fisher(config, args.device) or (None, None)
+    return InRunPlan(
+        estimator=config.estimator,
+        keep_fraction=config.keep_fraction,
+        refresh_every=config.refresh_every,
+        plain_steps=config.plain_steps,
+        options=gradient_options(config, args.device),
+        validation=validation_batches(config, args.device, args.process_index, args.world_size),
+        window=config.window,
+        preconditioner=config.preconditioner,
+        stability_weight=config.stability_weight,
+        fisher=fisher,
+        reference_weights=weights,
+    )
 
 
 def _evaluation_rows(config: TrainConfig, settings: dict) -> Any:

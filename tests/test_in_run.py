@@ -8,7 +8,7 @@ from alphatoken.batching import Batch, make_batch
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact
-from alphatoken.in_run import InRun
+from alphatoken.in_run import InRun, keep_by_quantile
 from alphatoken.model import prepare_model
 from alphatoken.value_propagation import ValuePropagation
 from tests.tiny_models import ARCHITECTURES, random_rows, tiny_model
@@ -51,7 +51,7 @@ def test_values_equal_offline_values(architecture, estimator, parameters):
     assert scale > 0
     torch.testing.assert_close(found.values / scale, offline.adaptation / scale, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(-found.losses.detach(), offline.logprobs)
-    torch.testing.assert_close(in_run.value(batch) / scale, found.values / scale, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(in_run.value(batch).values / scale, found.values / scale, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
@@ -117,3 +117,25 @@ def test_what_in_run_does_not_know_is_refused_by_name():
         InRun(tiny_model("llama"), "loss", "last-layers:1")
     with pytest.raises(UserError, match="scores linear weights"):
         InRun(tiny_model("llama"), "exact", "all")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_keep_by_quantile_is_the_quantile_of_each_branch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-4, 5, (40,), generator=generator).float()  # with ties
+    rows = torch.sort(torch.randint(0, 8, (40,), generator=generator)).values
+    branches = (rows >= 4).long()
+    keep = keep_by_quantile(values, rows, branches, 0.3)
+    for branch in (0, 1):
+        mine = values[branches == branch].sort(descending=True).values
+        threshold = mine[-(-3 * len(mine) // 10) - 1]
+        for row in rows[branches == branch].unique():
+            here = rows == row
+            expected = values[here] >= min(threshold, values[here].max())
+            assert torch.equal(keep[here], expected)
+
+
+def test_keep_by_quantile_drops_what_is_not_finite():
+    values = torch.tensor([1.0, torch.nan, 2.0, -torch.inf])
+    keep = keep_by_quantile(values, torch.tensor([0, 0, 1, 2]), torch.zeros(4, dtype=torch.long), 1.0)
+    assert keep.tolist() == [True, False, True, False]
