@@ -155,6 +155,11 @@ class TrainConfig(StageConfig, LiveValueOptions):
             raise ValueError("--in-run reads activations of the forward pass, so not with --gradient-checkpointing")
 
     @property
+    def stage(self) -> str:
+        """What run.json and manifest.json call it."""
+        return "train"
+
+    @property
     def folder(self) -> str:
         """--data where it is one folder."""
         return self.data[0]

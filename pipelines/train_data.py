@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from alphatoken import storage
+from alphatoken.schedule import epoch_order
 from alphatoken.schema import IGNORE_INDEX
 
 FILLER = -1  # index of a row that is none
@@ -54,8 +55,8 @@ class EpochBatches(Sampler[list[int]]):
         return math.ceil(self.num_rows / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
+        shuffled = epoch_order(self.num_rows, self.seed, self.epoch)
+        order = shuffled if self.shuffle else torch.arange(self.num_rows)
         for rows in order.split(self.batch_size * self.world_size):
             share = math.ceil(len(rows) / self.world_size)
             mine = rows[self.rank :: self.world_size].tolist()
