@@ -191,7 +191,7 @@ class InRunSFTTrainer(_InRunTrainer, MaskedSFTTrainer):
     """SFT. The collator keeps every response token: `use_masks` is off."""
 
     def _batch(self, inputs: Inputs) -> Batch:
-        return _as_batch(inputs["input_ids"], inputs["labels"] != IGNORE_INDEX)
+        return as_batch(inputs["input_ids"], inputs["labels"] != IGNORE_INDEX)
 
     def _counts(self, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         kept = batch[KEEP].sum()
@@ -221,7 +221,7 @@ class InRunDPOTrainer(_InRunTrainer, MaskedDPOTrainer):
     """DPO. A chosen token's value counts with omega, a rejected one's with -omega; each branch has its threshold."""
 
     def _batch(self, inputs: Inputs) -> Batch:
-        return _as_batch(inputs["input_ids"], inputs["completion_mask"] > 0)
+        return as_batch(inputs["input_ids"], inputs["completion_mask"] > 0)
 
     def _branches(self, batch: Batch) -> torch.Tensor:
         rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
@@ -282,7 +282,8 @@ class InRunDPOTrainer(_InRunTrainer, MaskedDPOTrainer):
                 self._metrics["train"][f"rewards/{name}"].append(values.double().mean().item())
 
 
-def _as_batch(input_ids: torch.Tensor, response_mask: torch.Tensor) -> Batch:
+def as_batch(input_ids: torch.Tensor, response_mask: torch.Tensor) -> Batch:
+    """A trainer's padded tensors as a batch to value."""
     mask = response_mask.clone()
     mask[:, 0] = False  # nothing predicts the first token
     return Batch(input_ids, mask, torch.arange(len(input_ids)))

@@ -142,9 +142,8 @@ def losses_of(output: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, inputs, overlap):
-    undisturbed = config_of(inputs, tmp_path / "plain", overlap=overlap)
+def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, inputs):
+    undisturbed = config_of(inputs, tmp_path / "plain", overlap=True)
     run_rounds(undisturbed)
 
     config = undisturbed.model_copy(update={"output": str(tmp_path / "out")})
@@ -173,7 +172,7 @@ def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, 
             victims[0].kill()
 
     manifest = run_rounds(config, kill_an_actor)
-    assert manifest["counts"]["steps"] == 10
+    assert killed and manifest["counts"]["steps"] == 10
     assert losses_of(config.output) == pytest.approx(losses_of(undisturbed.output), rel=1e-4)
     for (first, a), (then, b) in zip(windows_of(undisturbed.output), windows_of(config.output), strict=True):
         assert first["weights_step"] == then["weights_step"]
