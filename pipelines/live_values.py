@@ -11,7 +11,7 @@ from alphatoken.encode import Encoded, check_source
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.sources import data_fingerprint, plan_units
-from alphatoken.tokenizer import load_tokenizer
+from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.direction import class_weight_table, reasons, report_refused
 from pipelines.encode import good_rows, make_encoder
@@ -34,6 +34,7 @@ def check_live(config: TrainConfig) -> dict:
     for files in sources:
         check_source(plan_units(files), options, tokenizer)
     token_classes.check_class_names(config.class_weights)
+    _check_layers(config)
     found = {"validation": data_fingerprint(config.validation)}
     if config.fisher:
         provenance = tensor_file.read_provenance(config.fisher, "fisher")
@@ -44,6 +45,13 @@ def check_live(config: TrainConfig) -> dict:
             )
         found["fisher"] = provenance.model_fingerprint
     return found
+
+
+def _check_layers(config: TrainConfig) -> None:
+    last = config.scored_parameters.partition(":")[2]
+    there = load_config(config.model, config.trust_remote_code).get_text_config().num_hidden_layers
+    if last and int(last) > there:
+        raise UserError(f"--parameters {config.scored_parameters}: the model has only {there} decoder layers")
 
 
 def encode_data(config: TrainConfig, output: str) -> dict:
