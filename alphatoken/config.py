@@ -194,8 +194,8 @@ class DemoConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: str = Field("runs/demo", description="folder for what the demo writes")
-    rows: int = Field(72, ge=1, description="rows of the embedded data set to score and to train on")
-    steps: int = Field(36, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
+    rows: int = Field(48, ge=1, description="rows of the embedded data set to score and to train on")
+    steps: int = Field(24, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
     overwrite: bool = Field(False, description="start again instead of resuming")
 
 

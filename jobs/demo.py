@@ -13,7 +13,7 @@ from alphatoken.rounds_config import RoundsConfig
 from jobs import cli
 
 SHOWN_ROWS = 2
-HELD_OUT_ROWS = 24
+HELD_OUT_ROWS = 16
 # Enough to see the flow in minutes on two cores: bfloat16 halves the time of a step.
 TRAINING = {"per_device_batch_size": 2, "learning_rate": 2e-5, "dtype": "bfloat16", "logging_steps": 6}
 

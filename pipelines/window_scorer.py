@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import ray
@@ -40,6 +41,7 @@ class WindowScorer:
 
     def __init__(self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int) -> None:
         prepare_worker(threads)
+        datasets.disable_progress_bars()
         self.config = config
         self.device = default_device() if config.gpus_per_actor else torch.device("cpu")
         self.scoring = load_model(config.model, config.score_dtype, self.device, config.trust_remote_code)
