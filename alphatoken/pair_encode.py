@@ -87,7 +87,9 @@ class PairEncoder:
 
     def _from_text(self, row: dict) -> tuple[list[int], list[int], list[int]]:
         prompt, chosen, rejected = _prompt_and_responses(row, bool(self.encoder.tokenizer.chat_template))
-        found = [self._branch(prompt, response, name) for response, name in zip((chosen, rejected), BRANCHES, strict=True)]
+        found = [
+            self._branch(prompt, response, name) for response, name in zip((chosen, rejected), BRANCHES, strict=True)
+        ]
         (chosen_ids, chosen_start), (rejected_ids, rejected_start) = found
         start = min(chosen_start, rejected_start, len(commonprefix([chosen_ids, rejected_ids])))
         return chosen_ids[:start], chosen_ids[start:], rejected_ids[start:]

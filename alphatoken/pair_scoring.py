@@ -121,7 +121,11 @@ def score_pair_table(
 
 def _score_branches(prompts, responses, row_ids, estimator, batch_tokens, device, terms) -> ScoredColumns:
     """All chosen rows, then all rejected ones, as ordinary rows of prompt and response."""
-    rows = [np.concatenate([prompt, row]) for branch in BRANCHES for prompt, row in zip(prompts, responses[branch], strict=True)]
+    rows = [
+        np.concatenate([prompt, row])
+        for branch in BRANCHES
+        for prompt, row in zip(prompts, responses[branch], strict=True)
+    ]
     masks = [
         np.arange(len(prompt) + len(row)) >= len(prompt)
         for branch in BRANCHES

@@ -47,7 +47,7 @@ MASKED_EXTRA = [
 ]
 WEIGHTS = pa.field("weights", pa.list_(pa.float32()))  # `mask --weights`: in [0, 1], 1 where kept
 
-# Preference pairs. `prompt_ids + chosen_ids` is the row that a model sees; per-token columns of a branch have the length
+# Preference pairs. `prompt_ids + chosen_ids` is a row that a model sees; per-token columns of a branch have the length
 # of its ids, and entry i is about predicting `chosen_ids[i]`. Every token of a branch is response.
 BRANCHES = ("chosen", "rejected")
 
@@ -106,7 +106,7 @@ def _per_branch(*names: str, kind: pa.DataType) -> list[pa.Field]:
     return [pa.field(f"{branch}_{name}", kind) for branch in BRANCHES for name in names]
 
 
-# score -> mask. Values have DPO's sign and weight: +omega times a chosen token's SFT value, -omega times a rejected one's.
+# score -> mask. Values have DPO's sign and weight: +omega times the SFT value of a chosen token, -omega of a rejected one.
 SCORED_PAIRS = pa.schema(
     [
         *ENCODED_PAIRS,

@@ -165,7 +165,9 @@ def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str
 
 def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     """Flat values to a list column with rows of these lengths."""
-    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), pa.array(values))
+    return pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), pa.array(values)
+    )
 
 
 def lists(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_out": data.num_rows,
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
-        "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
+        "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
         "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
         "computed_positions": round(cost["computed_positions"]),
         "scoring_seconds": round(cost["seconds"], 4),
@@ -45,8 +45,13 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
     return {name: [value] for name, value in counts.items()}
 
 
+def _id_columns(table: pa.Table) -> list[str]:
+    """Where the tokens are: of a row with a response, or of a pair."""
+    return [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
+
+
 def _had_tokens(table: pa.Table) -> list[bool]:
-    return [bool(n) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+    return [bool(n) for n in pc.list_value_length(table[_id_columns(table)[0]]).to_pylist()]
 
 
 def total_counts(folder: RunFolder) -> dict:
