@@ -80,7 +80,7 @@ class Encoder:
         return self._fit(input_ids, mask)
 
     def encode_completion(self, row: dict) -> tuple[list[int], list[bool]]:
-        """A row of prompt and completion as it is, however long: (input_ids, response_mask). Raises as `encode` does."""
+        """A row of prompt and completion, however long: (input_ids, response_mask). Raises as `encode` does."""
         input_ids, mask = self._encode_prompt_completion(row)
         _check_ids(input_ids, self.vocab_size)
         _check_mask(mask)

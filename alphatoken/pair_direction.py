@@ -1,6 +1,6 @@
 """The DPO loss of held-out pairs as weights of their tokens, so that direction.py takes its gradient as any other.
 
-    grad of -log sigmoid(s) = omega * (sum over chosen of grad l_t - the same over rejected),  omega = beta * sigmoid(-s)
+    grad of -log sigmoid(s) = omega * (sum over chosen of grad l_t - the same over rejected), omega = beta * sigmoid(-s)
 
 A batch of P pairs has 2P rows: all chosen ones, then all rejected ones. N response tokens of the batch.
 """

@@ -17,7 +17,7 @@ Thresholds = dict[str, float]  # by branch; empty: one per response
 
 
 def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, source: str) -> MaskedShard:
-    """Mask a SCORED_PAIRS shard. `source` names it in the quarantine table and in the UserError for a malformed shard."""
+    """Mask a SCORED_PAIRS shard. `source` names it in the quarantine table and in errors."""
     states = pair_states(table, plan, source)
     stays = states == STAYS
     rows = table if stays.all() else table.filter(pa.array(stays))

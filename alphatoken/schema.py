@@ -106,7 +106,7 @@ def _per_branch(*names: str, kind: pa.DataType) -> list[pa.Field]:
     return [pa.field(f"{branch}_{name}", kind) for branch in BRANCHES for name in names]
 
 
-# score -> mask. Values have DPO's sign and weight: +omega times the SFT value of a chosen token, -omega of a rejected one.
+# score -> mask. Values have DPO's sign and weight: omega times a chosen token's SFT value, -omega times a rejected one's
 SCORED_PAIRS = pa.schema(
     [
         *ENCODED_PAIRS,

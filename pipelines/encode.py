@@ -67,7 +67,7 @@ def encode_units(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Enco
     encoder = make_encoder(plan.model, plan.options, plan.trust_remote_code)
     encode = pair_columns(PairEncoder(encoder)) if plan.pairs else row_columns(encoder)
     for index in batch["unit"]:
-        rows = _unfinished(read_unit(units[int(index)]), plan.finished)
+        rows = unfinished(read_unit(units[int(index)]), plan.finished)
         records: list[dict] = []
         for row in rows:
             records.append(encode_row(row, encode, plan.keep_columns))
@@ -131,7 +131,7 @@ def good_rows(units: list[ReadUnit], encoder: Encoder | PairEncoder, refused: li
                 refused.append(f"{row.source}, row {row.position}: {error}")
 
 
-def _unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:
+def unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:
     firsts = np.array([first for first, _ in finished], dtype=np.int64)
     lasts = np.array([last for _, last in finished], dtype=np.int64)
     for row in rows:

@@ -54,8 +54,10 @@ def _had_tokens(table: pa.Table) -> list[bool]:
     return [bool(n) for n in pc.list_value_length(table[_id_columns(table)[0]]).to_pylist()]
 
 
-def total_counts(folder: RunFolder) -> dict:
-    """Sums over all commit records, those of earlier attempts included."""
+def total_counts(folder: RunFolder, nothing: str = "no row could be scored") -> dict:
+    """Sums over all commit records, those of earlier attempts included. UserError that begins with `nothing` if no row
+    came out.
+    """
     total: Counter = Counter()
     reasons: Counter = Counter()
     for record in folder.commits():
@@ -63,6 +65,6 @@ def total_counts(folder: RunFolder) -> dict:
         reasons.update(record["reasons"])
     if not total["rows_out"]:
         shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
-        raise UserError(f"no row could be scored: {shown}")
+        raise UserError(f"{nothing}: {shown}")
     counts = {name: round(value, 3) for name, value in total.items()}
     return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

@@ -17,8 +17,8 @@ from alphatoken.model import prepare_model
 from alphatoken.pair_direction import PairWeights, pair_batch
 from alphatoken.pair_encode import EncodedPair
 from alphatoken.pair_scoring import PairEstimator, check_same_vocabulary, score_pair_table
-from alphatoken.scoring import NOT_FINITE
 from alphatoken.schema import BRANCHES
+from alphatoken.scoring import NOT_FINITE
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import TokenValues
 
