@@ -127,7 +127,9 @@ def _prompt_and_responses(row: dict, has_template: bool) -> tuple[Any, Any, Any]
     for name in BRANCHES:
         if not isinstance(row[name], str | list | tuple | dict):
             raise BadRowError(f"{name} is neither text nor messages")
-    if row.get("prompt") is not None:
+    if row.get("messages") and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt = row["messages"]  # of a pair by `alphatoken pair`, whose prompt is the rendered conversation
+    elif row.get("prompt") is not None:
         prompt = row["prompt"]
     elif row.get("instruction") is not None:
         prompt = _alpaca_prompt(row, has_template)

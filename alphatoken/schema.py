@@ -74,7 +74,7 @@ RESPONSES = pa.schema(
 # pair -> score
 PAIRS = pa.schema(
     [
-        ROW_ID,  # of the prompt
+        ROW_ID,  # row number of the prompt * pairs per prompt + number of the pair
         ID,
         pa.field("prompt", pa.string()),
         pa.field("chosen", pa.string()),
@@ -106,7 +106,7 @@ def _per_branch(*names: str, kind: pa.DataType) -> list[pa.Field]:
     return [pa.field(f"{branch}_{name}", kind) for branch in BRANCHES for name in names]
 
 
-# score -> mask. Values have DPO's sign and weight: omega times a chosen token's SFT value, -omega times a rejected one's
+# score -> mask. Values have DPO's sign and weight: omega times a chosen token's SFT value, -omega times a rejected's
 SCORED_PAIRS = pa.schema(
     [
         *ENCODED_PAIRS,

@@ -98,7 +98,7 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     counts = total_counts(folder, "no response could be generated")
     manifest = manifests.build_manifest(
         "generate", config.model_dump(mode="json"), counts, fingerprints, time.monotonic() - started,
-        extra={"engine": engine, "context": plan.context},
+        extra={"engine": engine, "context": plan.context, "chat_template": plan.chat_template},
     )  # fmt: skip
     folder.finish(manifest, manifests.data_card("generate", manifest, schema.RESPONSES))
     return manifest
