@@ -80,3 +80,10 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
         used += lengths[index]
     if batch:
         yield batch
+
+
+def split_evenly(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Indices of rows for each of `parts` workers: about equal sums of lengths, each row once, in ascending order."""
+    bounds = np.cumsum(lengths) / max(1, int(np.sum(lengths)))  # share of all tokens up to and with each row
+    part_of_row = np.minimum((bounds * parts - 1e-9).astype(np.int64), parts - 1)
+    return [np.flatnonzero(part_of_row == part) for part in range(parts)]

@@ -68,7 +68,7 @@ def capture(
     with torch.enable_grad(), capturing(linears) as (inputs, outputs), recording(set(attention_layers)) as attention:
         hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         predicting = hidden[batch.predicting]
-    _check_all_ran(linears, outputs, attention_layers, attention)
+    check_all_ran(linears, outputs, attention_layers, attention)
     head = scoring.head(predicting.detach(), batch.targets, gradient=True)
     gradient = head.hidden_gradient
     if token_weights is not None:
@@ -78,7 +78,7 @@ def capture(
     return Captured(inputs, dict(zip(names, deltas, strict=True)), attention, head.losses, predicting.detach())
 
 
-def _check_all_ran(linears, outputs, attention_layers, attention) -> None:
+def check_all_ran(linears, outputs, attention_layers, attention) -> None:
     for linear in linears:
         if linear.name not in outputs:
             raise UserError(f"{linear.name} did not run in the forward pass, so it cannot be scored")

@@ -19,7 +19,8 @@ Normalization = Literal["token", "sequence"]
 Objective = Literal["sft", "dpo"]
 
 
-def _check_parameters(value: str | None) -> str | None:
+def check_parameters(value: str | None) -> str | None:
+    """A validator: ValueError unless `value` is a set of parameters that we know."""
     if value is not None and not PARAMETERS_PATTERN.match(value):
         raise ValueError(f"{value!r} is not last-layers:K, all-linear or all")
     return value
@@ -68,10 +69,10 @@ class FisherConfig(StageConfig, DataOptions, ModelOptions):
     max_new_tokens: int = Field(128, ge=1, description="tokens sampled per prompt")
     seed: int = 0
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
 
-class DirectionOptions(BaseModel):
+class DirectionShape(BaseModel):
     """How validation rows become a direction."""
 
     normalization: Normalization = Field(
@@ -92,6 +93,15 @@ class DirectionOptions(BaseModel):
     preconditioner: Literal["none", "adam"] = Field(
         "none", description="adam: divide by the root of the second moments of training gradients"
     )
+
+    def positions_for(self, estimator: str) -> str:
+        """The positions asked for, else the estimator's own."""
+        return self.positions or ("response" if estimator == "value_propagation" else "all")
+
+
+class DirectionOptions(DirectionShape):
+    """The same, for a checkpoint without an optimizer."""
+
     preconditioner_data: list[str] = Field(
         [], description="training files for the second moments; score uses its own --data"
     )
@@ -106,7 +116,7 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     reference_model: str | None = Field(None, description="dpo: the reference; default: --model itself")
     parameters: Parameters = "all-linear"
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
 
 STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
@@ -141,7 +151,7 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     shard_tokens: int | None = Field(None, ge=1, description="about this many tokens per output shard; default by size")
     seed: int = Field(0, description="estimator random")
 
-    _parameters = field_validator("parameters")(_check_parameters)
+    _parameters = field_validator("parameters")(check_parameters)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScoreConfig":
@@ -195,12 +205,13 @@ class MaskConfig(StageConfig):
 
 
 class DemoConfig(BaseModel):
-    """The main job on the embedded model and data."""
+    """The main job on the embedded model and data: score, mask, then a short training in rounds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: str = Field("runs/demo", description="folder for what the demo writes")
-    rows: int = Field(96, ge=1, description="rows of the embedded data set to score")
+    rows: int = Field(72, ge=1, description="rows of the embedded data set to score and to train on")
+    steps: int = Field(36, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
     overwrite: bool = Field(False, description="start again instead of resuming")
 
 

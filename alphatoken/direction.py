@@ -57,6 +57,7 @@ class MeanGradient:
     tensors: Tensors
     num_rows: int
     num_tokens: int
+    weight: float  # what `tensors` was divided by: parts of the rows combine by it
 
 
 def mean_gradient(
@@ -88,7 +89,8 @@ def mean_gradient(
         raise UserError("no validation row could be used, so there is no direction; check --validation")
     if not weight_sum:
         raise UserError("no validation token has a weight above zero, so there is no direction; check --class-weights")
-    return MeanGradient({name: tensor / weight_sum for name, tensor in total.items()}, num_rows, num_tokens)
+    mean = {name: tensor / weight_sum for name, tensor in total.items()}
+    return MeanGradient(mean, num_rows, num_tokens, weight_sum)
 
 
 def batch_gradient(

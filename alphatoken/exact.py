@@ -61,12 +61,11 @@ class Exact:
         self.layers = decoder_layers(scoring.model)
         self.first_layer = None if parameters == "all" else first_scored_layer(scoring.model, parameters)
         self.method = choose_method(method, scoring.dtype, parameters, len(self.layers))
-        self.directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
+        directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
         if self.method == "forward":
-            self.tangents = {name: self._tangent(tensors) for name, tensors in self.directions.items()}
+            self.tangents = {name: self._tangent(tensors) for name, tensors in directions.items()}
         else:
-            self.steps = {name: self._perturbed(tensors) for name, tensors in self.directions.items()}
-        self.directions = {}  # float32 copies are not needed any more
+            self.steps = {name: self._perturbed(tensors) for name, tensors in directions.items()}
 
     def __call__(self, batch: Batch) -> TokenValues:
         run = self._forward_mode if self.method == "forward" else self._central
@@ -83,11 +82,7 @@ class Exact:
     def _forward_mode(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
         for name, tangents in self.tangents.items():
-            with forward_ad.dual_level(), dual_weights(self.scoring.model, tangents), differentiable(), trunk:
-                hidden = self.scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-                predicting = forward_ad.unpack_dual(hidden[batch.predicting])
-                primal, tangent = predicting.primal.clone(), predicting.tangent
-                tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
+            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk)
             values[name], losses = self._loss_tangent(primal, tangent, batch.targets, tangents)
             logprobs = -losses
         return values, logprobs
@@ -142,6 +137,18 @@ class Exact:
             return self.scoring.head(hidden[batch.predicting], batch.targets).losses
 
 
+@torch.no_grad()
+def hidden_tangent(
+    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: "Trunk"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(final hidden states at the predicting positions, their derivative along `tangents`), each ND."""
+    with forward_ad.dual_level(), dual_weights(scoring.model, tangents), differentiable(), trunk:
+        hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        predicting = forward_ad.unpack_dual(hidden[batch.predicting])
+        primal, tangent = predicting.primal.clone(), predicting.tangent
+        return primal, torch.zeros_like(primal) if tangent is None else tangent.clone()
+
+
 class Trunk:
     """Shares the layers below the first scored one between the forward passes of a batch.
 
@@ -149,9 +156,9 @@ class Trunk:
     their input at once and that layer gets the kept states; the model's own forward makes masks and positions.
     """
 
-    def __init__(self, layers: nn.ModuleList, first_layer: int | None) -> None:
+    def __init__(self, layers: nn.ModuleList, first_layer: int | None, hidden: torch.Tensor | None = None) -> None:
         self.layers, self.first_layer = layers, first_layer or 0
-        self.hidden: torch.Tensor | None = None
+        self.hidden = hidden
         self._undo: list = []
 
     def __enter__(self) -> "Trunk":

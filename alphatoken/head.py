@@ -73,13 +73,15 @@ class LossHead:
         if tangents is not None:
             out.weight_tangent = hidden.new_empty(total, dtype=wide)
         step = max(1, CHUNK_ELEMENTS // vocabulary)
+        projection = (self.projection.weight.to(hidden.dtype), self.projection.bias)  # mixed precision: one copy
         for start in range(0, total, step):
             rows = slice(start, start + step)
-            self._chunk(hidden[rows], targets[rows], rows, out, weight_gradient, token_weights, tangents)
+            self._chunk(hidden[rows], targets[rows], rows, projection, out, weight_gradient, token_weights, tangents)
         return out
 
-    def _chunk(self, hidden, targets, rows, out, weight_gradient, token_weights, tangents) -> None:
-        logits = F.linear(hidden, self.projection.weight, self.projection.bias).to(out.losses.dtype)
+    def _chunk(self, hidden, targets, rows, projection, out, weight_gradient, token_weights, tangents) -> None:
+        weight, bias = projection
+        logits = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)).to(out.losses.dtype)
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -102,7 +104,7 @@ class LossHead:
             difference *= slope
         narrow = difference.to(hidden.dtype)
         if out.hidden_gradient is not None:
-            torch.matmul(narrow, self.projection.weight, out=out.hidden_gradient[rows])
+            torch.matmul(narrow, weight, out=out.hidden_gradient[rows])
         if weight_gradient is not None:
             weighted = narrow if token_weights is None else narrow * token_weights[rows, None].to(narrow.dtype)
             weight_gradient += (weighted.T @ hidden).to(weight_gradient.dtype)
@@ -118,6 +120,47 @@ class LossHead:
         if self.softcap is not None:
             return self.scale * (1.0 - (logits / self.softcap) ** 2)
         return None if self.scale == 1.0 else self.scale
+
+
+class TrainedLosses(torch.autograd.Function):
+    """(losses N, d loss / d hidden ND): LossHead in a training graph.
+
+    The forward pass already has the gradient with respect to the hidden states, so the backward pass only weights its
+    rows. The head's own weight gets its gradient from the rows whose loss is used, whose logits are computed again:
+    nothing of size N x V is kept, and a dropped token costs nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: LossHead):
+        narrow = hidden.to(_compute_dtype(hidden))
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = head(narrow, targets, gradient=True)
+        ctx.head = head
+        ctx.save_for_backward(narrow, targets, out.hidden_gradient)
+        gradient = out.hidden_gradient.to(hidden.dtype)
+        ctx.mark_non_differentiable(gradient)
+        return out.losses, gradient
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor, _: torch.Tensor):
+        hidden, targets, gradient = ctx.saved_tensors
+        hidden_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            hidden_gradient = gradient.to(upstream.dtype) * upstream[:, None]
+        if ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(ctx.head.projection.weight)
+            used = upstream != 0
+            with torch.autocast(hidden.device.type, enabled=False):
+                ctx.head(
+                    hidden[used], targets[used], weight_gradient=weight_gradient, token_weights=upstream[used]
+                )  # fmt: skip
+        return hidden_gradient, weight_gradient, None, None
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What a matrix product of `tensor` is computed in here: autocast's dtype where it is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _logit_scale(config) -> float:

@@ -2,21 +2,61 @@
 command line.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
-from alphatoken.config import StageConfig
+from alphatoken.config import DirectionShape, StageConfig, check_parameters
+
+PAPER = {"estimator": "value_propagation", "parameters": "last-layers:3", "keep_fraction": 0.5, "stability_weight": 1.5}
 
 
-class TrainConfig(StageConfig):
-    """Train on a token-masked data set: SFT (Eq. 13) or DPO (Eq. 14), on Ray Train workers."""
+class LiveValueOptions(DirectionShape):
+    """How tokens are valued and chosen while a model trains: in-run and in rounds."""
+
+    validation: list[str] = Field([], description="validation files of the target task")
+    estimator: Literal["value_propagation", "exact"] = Field("value_propagation", description="how tokens are valued")
+    parameters: str | None = Field(
+        None, description="what is scored: last-layers:K or all-linear; default last-layers:3 (exact: all-linear)"
+    )
+    window: int = Field(32, ge=0, description="value_propagation: causal window in tokens")
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: value_propagation, last-layers:3, keep-fraction 0.5, stability-weight 1.5"
+    )
+    keep_fraction: float = Field(0.8, gt=0, le=1, description="share of response tokens to train on")
+    stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda; needs --fisher to matter")
+    fisher: str | None = Field(
+        None, description="file that `alphatoken fisher` wrote for the reference model: adds stability to the values"
+    )
+    plain_steps: int = Field(0, ge=0, description="optimizer steps on every token before the first mask")
+    refresh_every: int = Field(10, ge=1, description="optimizer steps between refreshes of the validation direction")
+
+    _parameters = field_validator("parameters")(check_parameters)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        """A preset fills what was not given; what was given wins."""
+        return PAPER | values if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+    @property
+    def scored_parameters(self) -> str:
+        return self.parameters or ("all-linear" if self.estimator == "exact" else "last-layers:3")
+
+
+class TrainConfig(StageConfig, LiveValueOptions):
+    """Train on a token-masked data set, or with --in-run on any data set: SFT (Eq. 13) or DPO (Eq. 14)."""
 
     objective: Literal["sft", "dpo"] = "sft"
-    data: str = Field(description="folder that `alphatoken mask` wrote")
+    data: list[str] = Field(
+        min_length=1, description="folder that `alphatoken mask` wrote; with --in-run any files that score reads"
+    )
+    in_run: bool = Field(False, description="value every batch as it is trained on (the paper's Algorithm 1)")
     model: str = Field(description="folder or hub name of the causal LM to train, or smollm2-135m-instruct (embedded)")
     reference_model: str | None = Field(
-        None, description="dpo: the reference, where the data has no log-probabilities of it"
+        None,
+        description="dpo: the reference, where the data has no log-probabilities of it; with --fisher: the model "
+        "before training (default: --model)",
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
@@ -37,7 +77,9 @@ class TrainConfig(StageConfig):
         "auto",
         description="bfloat16: mixed precision, weights stay float32; auto: bfloat16 on GPUs, float32 on CPUs",
     )
-    max_length: int | None = Field(None, ge=2, description="cut longer rows at their end; default: as they are")
+    max_length: int | None = Field(
+        None, ge=2, description="cut longer rows at their end; default: as they are (files: 2048)"
+    )
     seed: int = Field(0, description="order of the rows, dropout, LoRA's start")
 
     normalize: Literal["kept", "response"] = Field(
@@ -62,7 +104,7 @@ class TrainConfig(StageConfig):
     max_failures: int = Field(3, ge=0, description="go on at the last checkpoint after this many killed workers")
 
     evaluation: list[str] = Field([], description="held-out files (any format that score reads) or one masked folder")
-    columns: dict[str, str] = Field({}, description="rename columns of the held-out files, as wanted=given")
+    columns: dict[str, str] = Field({}, description="rename columns of files, as wanted=given")
     eval_steps: int = Field(100, ge=1, description="optimizer steps between evaluations")
     early_stopping: int | None = Field(
         None, ge=1, description="stop after this many evaluations without a better loss, and return the best model"
@@ -72,12 +114,19 @@ class TrainConfig(StageConfig):
     report_to: list[str] = Field([], description="trackers that transformers knows, such as wandb or tensorboard")
     resume: bool = Field(True, description="go on where the same run was cut off; --no-resume refuses to")
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        """YAML and Python may give a single one as text."""
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.early_stopping and not self.evaluation:
             raise ValueError("--early-stopping needs --evaluation FILES: there is no loss to watch")
-        if self.objective == "sft" and self.reference_model:
-            raise ValueError("--reference-model is for --objective dpo: sft has no reference")
+        if self.objective == "sft" and self.reference_model and not self.fisher:
+            raise ValueError("--reference-model is for --objective dpo, and for stability with --fisher")
+        self._check_live_values()
         if self.lora_targets and not self.lora_rank:
             raise ValueError("--lora-targets needs --lora-rank")
         if self.fsdp and not self.gpus_per_worker:
@@ -85,6 +134,40 @@ class TrainConfig(StageConfig):
         if self.fsdp and self.dtype == "float64":
             raise ValueError("--fsdp trains in float32 or bfloat16")
         return self
+
+    def _check_live_values(self) -> None:
+        if not self.in_run:
+            given = [name for name in ("validation", "fisher", "preset") if getattr(self, name)]
+            if given:
+                raise ValueError(f"--{given[0]} needs --in-run: a masked data set already has its values")
+            if len(self.data) > 1:
+                raise ValueError("--data takes one folder that `mask` wrote; --in-run takes several files")
+            return
+        if not self.validation:
+            raise ValueError("--in-run needs --validation FILES of the target task")
+        if self.parameters == "all":
+            raise ValueError("--in-run scores linear weights: use --parameters last-layers:K or all-linear")
+        if self.lora_rank:
+            raise ValueError("--in-run trains all weights; with --lora-rank use `alphatoken rounds`")
+        if self.fsdp:
+            raise ValueError("--in-run needs whole weights on every worker, so it does not go with --fsdp")
+        if self.gradient_checkpointing:
+            raise ValueError("--in-run reads activations of the forward pass, so not with --gradient-checkpointing")
+
+    @property
+    def stage(self) -> str:
+        """What run.json and manifest.json call it."""
+        return "train"
+
+    @property
+    def folder(self) -> str:
+        """--data where it is one folder."""
+        return self.data[0]
+
+    @property
+    def trains_on_files(self) -> bool:
+        """Whether --data is files to encode. Preference pairs come from a folder also for --in-run."""
+        return self.in_run and self.objective == "sft"
 
     @property
     def checkpoint_steps(self) -> int:

@@ -20,10 +20,18 @@ from alphatoken.values import TokenValues
 
 
 class ValuePropagation:
-    """Values by contraction along `direction` and, where given, `drift` (both by parameter name)."""
+    """Values by contraction along `direction` and, where given, `drift` (both by parameter name).
+
+    Without a direction there are no values until `set_directions`.
+    """
 
     def __init__(
-        self, scoring: ScoringModel, parameters: str, direction: Tensors, drift: Tensors | None = None, window: int = 32
+        self,
+        scoring: ScoringModel,
+        parameters: str,
+        direction: Tensors | None,
+        drift: Tensors | None = None,
+        window: int = 32,
     ) -> None:
         self.scoring = scoring
         self.window = window
@@ -31,6 +39,17 @@ class ValuePropagation:
         check_value_projections(self.linears, scoring.model)
         rows = {linear.name: value_rows(linear, scoring.model) for linear in self.linears}
         self.value_rows = {name: index.to(scoring.device) for name, index in rows.items() if index is not None}
+        self.directions: dict[str, Tensors] = {}
+        if direction is not None:
+            self.set_directions(direction, drift)
+
+    @property
+    def attention_layers(self) -> frozenset[int]:
+        """Layers whose queries and keys the causal path needs."""
+        return frozenset(linear.layer for linear in self.linears) if self.window else frozenset()
+
+    def set_directions(self, direction: Tensors, drift: Tensors | None = None) -> None:
+        """What values are measured along from now on."""
         self.directions = {"adaptation": self._prepare(direction)}
         if drift is not None:
             self.directions["stability"] = self._prepare(drift)
@@ -45,10 +64,12 @@ class ValuePropagation:
         }
 
     def __call__(self, batch: Batch) -> TokenValues:
-        layers = frozenset(linear.layer for linear in self.linears) if self.window else frozenset()
-        captured = capture(self.scoring, batch, self.linears, attention_layers=layers)
-        with torch.no_grad():
-            terms = self._terms(captured, batch)
+        return self.values(capture(self.scoring, batch, self.linears, attention_layers=self.attention_layers), batch)
+
+    @torch.no_grad()
+    def values(self, captured: Captured, batch: Batch) -> TokenValues:
+        """Values from what a forward and a backward pass of `batch` left behind."""
+        terms = self._terms(captured, batch)
         zero = torch.zeros_like(captured.losses)
         return TokenValues(
             adaptation=terms["adaptation_direct"] + terms["adaptation_causal"],

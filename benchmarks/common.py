@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def machine() -> dict:
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _status_kb(key: str) -> int | None:
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(key))
+    except (OSError, StopIteration):
+        return None
+
+
+def resident_kb() -> int | None:
+    """Memory of this process now; None where the system does not tell."""
+    return _status_kb("VmRSS:")
+
+
+def peak_kb() -> int:
+    """The most memory that this process has had."""
+    return _status_kb("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_result(path: str | None, result: dict) -> None:

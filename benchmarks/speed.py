@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import DATA_HELP, embedded_file, encoded_rows, packed_batch, print_table, write_result
+from common import (
+    DATA_HELP,
+    embedded_file,
+    encoded_rows,
+    packed_batch,
+    peak_kb,
+    print_table,
+    resident_kb,
+    write_result,
+)
 from paper_procedure import paper_values
 
 from alphatoken.batching import Batch
@@ -129,25 +138,9 @@ def _peak_memory(arguments: argparse.Namespace, dtype: str, name: str) -> float:
     except OSError:
         pass
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    current = _resident_kb()
+    current = resident_kb()
     call()
-    return (_peak_kb() - (current or before)) / 1024
-
-
-def _status_kb(key: str) -> int | None:
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(key))
-    except (OSError, StopIteration):
-        return None
-
-
-def _resident_kb() -> int | None:
-    return _status_kb("VmRSS:")
-
-
-def _peak_kb() -> int:
-    return _status_kb("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak_kb() - (current or before)) / 1024
 
 
 def benchmark(arguments: argparse.Namespace, dtype: str) -> dict:

@@ -1,6 +1,7 @@
-"""SFT or DPO on token-masked data: `alphatoken train --data MASKED --model M --output OUT [--objective dpo]`."""
+"""SFT or DPO on masked data: `alphatoken train --data MASKED --model M --output OUT [--objective dpo] [--in-run]`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":  # `python jobs/train.py` puts jobs/ first on the path; the packages are one folder up
@@ -9,20 +10,28 @@ if __name__ == "__main__":  # `python jobs/train.py` puts jobs/ first on the pat
 from alphatoken.train_config import TrainConfig
 from jobs import cli
 
-SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins", "skipped_batches")
+SHOWN = (
+    "loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins", "kept_fraction", "values_age",
+    "skipped_batches",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(TrainConfig, _train, argv, show=_show, prog="alphatoken train")
+    return cli.run(TrainConfig, _train, argv, show=show_training, prog="alphatoken train")
 
 
 def _train(config: TrainConfig) -> dict:
-    from rich.console import Console
-
     from pipelines.train import run_train  # imports Ray and torch: not before the arguments are right
 
+    return run_train(config, training_console())
+
+
+def training_console() -> Callable[[dict], None]:
+    """Shows a line of metrics on stderr."""
+    from rich.console import Console
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    return run_train(config, lambda line: console.print(_text(line)))
+    return lambda line: console.print(_text(line))
 
 
 def _text(line: dict) -> str:
@@ -30,7 +39,8 @@ def _text(line: dict) -> str:
     return f"step {line['step']} (epoch {line.get('epoch', 0):.2f})  " + "  ".join(shown)
 
 
-def _show(config: TrainConfig, manifest: dict) -> None:
+def show_training(config: TrainConfig, manifest: dict) -> None:
+    """What came out, for people."""
     from rich.console import Console
     from rich.table import Table
 
@@ -45,6 +55,12 @@ def _show(config: TrainConfig, manifest: dict) -> None:
             table.add_row(name.replace("_", " "), "not finite" if counts[name] is None else f"{counts[name]:.4f}")
     if counts.get("skipped_batches"):
         table.add_row("skipped steps", f"{counts['skipped_batches']:,} (no token kept)")
+    rounds = manifest.get("rounds")
+    if rounds:
+        table.add_row("windows", f"{rounds['windows']:,}, values at most {rounds['oldest_values']} steps old")
+        table.add_row("kept", f"{rounds['kept_fraction']:.1%} of the response tokens in them")
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in rounds["seconds"].items())
+        table.add_row("of the time", shown)
     table.add_row("time", f"{manifest['seconds']:.0f} s")
     Console(soft_wrap=True).print(table)
 

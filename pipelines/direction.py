@@ -20,7 +20,7 @@ from alphatoken.pair_direction import PairWeights, pair_batch
 from alphatoken.pair_encode import EncodedPair, PairEncoder, check_pair_source, is_pair
 from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.sources import column_names, data_fingerprint, plan_units
-from alphatoken.tokenizer import end_of_turn_ids, load_tokenizer
+from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import good_rows, make_encoder
 
@@ -84,7 +84,9 @@ def make_direction(
     reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs.
     """
     encoder = make_encoder(config.model, config, config.trust_remote_code)
-    weights = _class_weights(config.class_weights, scoring, encoder)
+    weights = None
+    if config.class_weights:
+        weights = class_weight_table(config.class_weights, config.model, encoder).to(scoring.device)
     options = directions.GradientOptions(parameters, config.normalization, positions, weights)
     refused: list[str] = []
     pairs = PairWeights(scoring, reference, config.beta)
@@ -113,14 +115,12 @@ def make_direction(
     return asdict(provenance)
 
 
-def _class_weights(weights: dict[str, float], scoring: ScoringModel, encoder: Encoder) -> torch.Tensor | None:
-    """Weight of each token id in the validation loss: V float32; None where all count alike."""
-    if not weights:
-        return None
-    ends = end_of_turn_ids(scoring.model.config, encoder.tokenizer)
+def class_weight_table(weights: dict[str, float], model: str, encoder: Encoder) -> torch.Tensor:
+    """Weight of each token id in the validation loss: V float32."""
+    ends = end_of_turn_ids(load_config(model), encoder.tokenizer)
     table = token_classes.token_class_table(encoder.tokenizer, ends, encoder.vocab_size)
     per_class = np.array([weights.get(name, 1.0) for name in token_classes.TOKEN_CLASS_NAMES], dtype=np.float32)
-    return torch.from_numpy(per_class[token_classes.class_ids(table)]).to(scoring.device)
+    return torch.from_numpy(per_class[token_classes.class_ids(table)])
 
 
 def _adam_scale(

@@ -126,7 +126,7 @@ def _prepare_task(config: ScoreConfig, parameters: str | None, pairs: bool, outp
     prepare_worker(threads)
     device = default_device() if config.gpus_per_actor else torch.device("cpu")
     scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
-    positions = config.positions or ("response" if config.estimator == "value_propagation" else "all")
+    positions = config.positions_for(config.estimator)
     fingerprints = {
         "model": fingerprint(scoring.model),
         "data": data_fingerprint(config.data),

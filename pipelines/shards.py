@@ -1,4 +1,4 @@
-"""Scored blocks to shards with commit records, and the sums over those records. Light to import: CPU tasks run it."""
+"""Encoded or scored blocks to shards with commit records, and sums over those. Light to import: CPU tasks run it."""
 
 from collections import Counter
 
@@ -18,9 +18,9 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
     if not block.num_rows:
         return {}
     block = block.sort_by("row_id")
-    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST}
+    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST if name in block.column_names}
     good = pc.is_null(block["reason"])
-    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *COST])
+    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *cost])
     refused = block.filter(pc.invert(good))
     quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
         "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
@@ -31,10 +31,11 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
         "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
-        "response_tokens": pc.sum(data["num_response_tokens"]).as_py() or 0,
-        "computed_positions": round(cost["computed_positions"]),
-        "scoring_seconds": round(cost["seconds"], 4),
+        "response_tokens": _response_tokens(data),
     }
+    if cost:
+        counts["computed_positions"] = round(cost["computed_positions"])
+        counts["scoring_seconds"] = round(cost["seconds"], 4)
     record = {
         "first_row_id": int(block["row_id"][0].as_py()),
         "row_ids": row_id_runs(block["row_id"].to_numpy()),
@@ -43,6 +44,12 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
     }
     RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
     return {name: [value] for name, value in counts.items()}
+
+
+def _response_tokens(table: pa.Table) -> int:
+    if "response_mask" in table.column_names:
+        return pc.sum(pc.list_flatten(table["response_mask"])).as_py() or 0
+    return pc.sum(table["num_response_tokens"]).as_py() or 0  # of pairs, which are all scored
 
 
 def _id_columns(table: pa.Table) -> list[str]:
@@ -54,7 +61,7 @@ def _had_tokens(table: pa.Table) -> list[bool]:
     return [bool(n) for n in pc.list_value_length(table[_id_columns(table)[0]]).to_pylist()]
 
 
-def total_counts(folder: RunFolder, nothing: str = "no row could be scored") -> dict:
+def total_counts(folder: RunFolder, nothing: str = "no row can be used") -> dict:
     """Sums over all commit records, those of earlier attempts included. UserError that begins with `nothing` if no row
     came out.
     """

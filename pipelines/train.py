@@ -4,6 +4,7 @@
     OUT/checkpoints/run/   Ray Train's: checkpoints and their list; a run that was cut off goes on at the last one
     OUT/metrics.jsonl      a line per log or evaluation
     OUT/evaluation.parquet held-out rows, encoded
+    OUT/encoded            in-run and rounds: the training files, encoded
     OUT/model, OUT/adapter the result: transformers folders
     OUT/manifest.json      written last
 
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -32,17 +34,19 @@ from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import connect, torch_threads
-from pipelines.train_checks import TrainPlan, check_resources, check_train, write_evaluation
+from pipelines.live_trainer import Live
+from pipelines.train_checks import TrainPlan, check_resources, check_train, with_encoded_rows, write_evaluation
 from pipelines.train_export import export_model
 from pipelines.train_worker import train_worker
 
 # Settings that change where and how it is shown, but not what comes out.
 NOT_IDENTITY = {
     "output", "overwrite", "resume", "report_to", "gpus_per_worker", "cpus_per_worker", "max_failures",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens",
 }  # fmt: skip
 OWN_FILES = ("metrics.jsonl", "evaluation.parquet")
-OWN_FOLDERS = ("checkpoints", "model", "adapter")
+OWN_FOLDERS = ("checkpoints", "encoded", "windows", "model", "adapter")
+STAGES = ("train", "rounds")
 TRAIN_PACKAGES = ("trl", "peft", "accelerate")
 RUN_NAME = "run"
 KEPT_CHECKPOINTS = 2
@@ -52,6 +56,17 @@ Progress = Callable[[dict], None]  # called with every line of metrics.jsonl
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to start: checked, its folder open, its rows encoded, Ray running."""
+
+    config: TrainConfig
+    plan: TrainPlan
+    output: str  # absolute
+    evaluation: list[str]  # shards of held-out rows
+    started: float  # time.monotonic
+
+
 def run_train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """Train, write the folder `config.output` and return its manifest. Goes on where the same run was cut off.
 
@@ -59,30 +74,49 @@ def run_train(config: TrainConfig, progress: Progress | None = None) -> dict:
         UserError: whatever can be known to be wrong before training; masks that do not reach the batches.
         ray.train.TrainingFailedError: workers failed more often than `config.max_failures`.
     """
+    training = begin(config)
+    if training is None:
+        return finished_manifest(config)
+    return finish(training, fit(training, progress))
+
+
+def begin(config: TrainConfig, num_cpus: int | None = None) -> Training | None:
+    """Everything before the first step; None if the run has finished. `num_cpus`: see `cluster.connect`."""
     started = time.monotonic()
     plan = check_train(config)
     folder = _open(config, plan)
     if folder is None:
-        output = storage.absolute(config.output)
-        logger.info("%s is already finished", output)
-        return RunFolder(output).manifest()
+        return None
     evaluation = write_evaluation(config, plan, storage.join(folder.uri, "evaluation.parquet"))
-    connect()
+    connect(num_cpus)
     check_resources(config)
-    result = _fit(config, plan, evaluation, folder.uri, progress)
-    outcome = result.return_value
+    if config.trains_on_files:
+        plan = with_encoded_rows(config, plan, storage.join(folder.uri, "encoded"))
+    return Training(config, plan, folder.uri, evaluation, started)
+
+
+def finish(training: Training, result: ray.train.Result, extra: dict | None = None) -> dict:
+    """Export the model and write the manifest, with `extra` in it; returns it."""
+    config = training.config
     best = _best(config, result)
-    ray.get(export_model.remote(best, config, folder.uri))
-    manifest = _manifest(config, plan, outcome, best.path, time.monotonic() - started)
-    storage.write_json(manifest, storage.join(folder.uri, "manifest.json"))
+    ray.get(export_model.remote(best, config, training.output))
+    manifest = _manifest(training, result.return_value, best.path, extra or {})
+    storage.write_json(manifest, storage.join(training.output, "manifest.json"))
     return manifest
+
+
+def finished_manifest(config: TrainConfig) -> dict:
+    """Of a run that had finished before."""
+    output = storage.absolute(config.output)
+    logger.info("%s is already finished", output)
+    return RunFolder(output).manifest()
 
 
 def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
     """The output folder, ready for this run; None if the run has finished."""
     folder = RunFolder(storage.absolute(config.output))
     run_file = storage.join(folder.uri, "run.json")
-    if config.overwrite and storage.exists(run_file) and storage.read_json(run_file).get("stage") == "train":
+    if config.overwrite and storage.exists(run_file) and storage.read_json(run_file).get("stage") in STAGES:
         # Before run.json goes: without it, nobody knows whose files these are.
         storage.remove_file(storage.join(folder.uri, "manifest.json"))
         for name in OWN_FILES:
@@ -90,24 +124,26 @@ def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
         for name in OWN_FOLDERS:
             storage.remove_tree(storage.join(folder.uri, name))
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"data": plan.data}
-    state = folder.open({"stage": "train", "config": settings, "fingerprints": plan.fingerprints}, config.overwrite)
+    identity = {"stage": config.stage, "config": settings, "fingerprints": plan.fingerprints}
+    state = folder.open(identity, config.overwrite)
     if state == "resume" and not config.resume:
         raise UserError(f"{folder.uri} holds this run, cut off; --resume goes on with it, --overwrite starts again")
     return None if state == "finished" else folder
 
 
-def _fit(
-    config: TrainConfig, plan: TrainPlan, evaluation: list[str], output: str, progress: Progress | None
-) -> ray.train.Result:
-    metrics = storage.join(output, "metrics.jsonl")
+def fit(training: Training, progress: Progress | None = None, live: Live | None = None) -> ray.train.Result:
+    """Train on Ray Train workers; `live` connects them to the actors that value their data."""
+    config, plan = training.config, training.plan
+    metrics = storage.join(training.output, "metrics.jsonl")
     settings = {
-        "config": config.model_dump(mode="json"),
+        "config": config,
         "shards": plan.shards,
         "columns": plan.columns,
         "stored_reference": plan.stored_reference,
-        "evaluation_shards": evaluation,
+        "evaluation_shards": training.evaluation,
         "metrics": metrics,
         "threads": torch_threads(config.num_workers, config.cpus_per_worker),
+        "live": live,
     }
     resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     trainer = _Trainer(
@@ -118,7 +154,7 @@ def _fit(
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
-        run_config=_run_config(config, storage.join(output, "checkpoints")),
+        run_config=_run_config(config, storage.join(training.output, "checkpoints")),
     )
     with _following(metrics, progress):
         try:
@@ -210,7 +246,8 @@ def read_metrics(uri: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]
 
 
-def _manifest(config: TrainConfig, plan: TrainPlan, outcome: dict, checkpoint: str, seconds: float) -> dict:
+def _manifest(training: Training, outcome: dict, checkpoint: str, extra: dict) -> dict:
+    config, plan = training.config, training.plan
     history = outcome["history"]
     last = {name: value for entry in history for name, value in entry.items()}
     if last.get("train_loss", 0.0) is None:
@@ -222,15 +259,15 @@ def _manifest(config: TrainConfig, plan: TrainPlan, outcome: dict, checkpoint: s
     trained = outcome["model_fingerprint"]
     if scored_with and trained and scored_with != trained:
         logger.warning(
-            "the values behind these masks are of another checkpoint than %s: they may be stale, see METHOD.md, 10",
+            "the values behind these masks are of another checkpoint than %s: they may be stale, see the README",
             config.model,
         )
     versions = {name: metadata.version(name) for name in TRAIN_PACKAGES}
     return manifests.build_manifest(
-        "train",
+        config.stage,
         config.model_dump(mode="json"),
         counts,
         plan.fingerprints | {"model": trained},
-        seconds,
-        extra={"checkpoint": checkpoint, "stored_reference": plan.stored_reference, "train_versions": versions},
+        time.monotonic() - training.started,
+        extra={"checkpoint": checkpoint, "stored_reference": plan.stored_reference, "train_versions": versions} | extra,
     )

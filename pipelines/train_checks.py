@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import pyarrow as pa
@@ -12,7 +12,6 @@ import ray
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
-from alphatoken.config import DataOptions
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.sources import data_fingerprint, plan_units
@@ -20,9 +19,9 @@ from alphatoken.token_classes import token_class_table
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.encode import good_rows, make_encoder
+from pipelines.live_values import check_live, data_options, encode_data
 from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, REFERENCE_TOKENS, SFT_COLUMNS
 
-EVALUATION_LENGTH = 2048  # of held-out rows, where no --max-length is given
 SHOWN = 3
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 class TrainPlan:
     """What the checks found out."""
 
-    data: str  # absolute
+    data: str | list[str]  # absolute folder, or the files that are still to be encoded
     shards: list[str]
     columns: list[str]  # of the data
     num_rows: int
@@ -46,17 +45,39 @@ def check_train(config: TrainConfig) -> TrainPlan:
     missing = [name for name in ("trl", "peft", "accelerate") if not find_spec(name)]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}: pip install 'alphatoken[train]'")
-    data = storage.absolute(config.data)
-    if storage.same_place(data, storage.absolute(config.output)):
-        raise UserError(f"--output {config.output} is the data folder; give another one")
+    for source in config.data:
+        if storage.same_place(storage.absolute(source), storage.absolute(config.output)):
+            raise UserError(f"--output {config.output} is the data folder; give another one")
+    live = check_live(config) if config.validation else {}
+    plan = _plan_files(config) if config.trains_on_files else _plan_folder(config)
+    return replace(plan, fingerprints=plan.fingerprints | live)
+
+
+def _plan_files(config: TrainConfig) -> TrainPlan:
+    """A plan without rows: they are encoded once Ray runs."""
+    fingerprints = {"data": data_fingerprint(config.data), "evaluation": None}
+    evaluation_shards = None
+    if config.evaluation:
+        evaluation_shards, fingerprints["evaluation"] = _check_evaluation(config, False)
+    return TrainPlan(config.data, [], [], 0, False, evaluation_shards, fingerprints)
+
+
+def with_encoded_rows(config: TrainConfig, plan: TrainPlan, output: str) -> TrainPlan:
+    """The plan with the shards of its files, encoded into `output` (Ray has to run)."""
+    manifest = encode_data(config, output)
+    shards = storage.list_shards(output)
+    num_rows = manifest["counts"]["rows_out"]
+    _check_workers(config, num_rows)
+    return replace(plan, shards=shards, columns=storage.read_schema(shards[0]).names, num_rows=num_rows)
+
+
+def _plan_folder(config: TrainConfig) -> TrainPlan:
+    data = storage.absolute(config.folder)
     masked = _masked_manifest(data, "--data")
     shards = storage.list_shards(data)
     columns = _check_columns(shards[0], config)
     num_rows = _count_rows(shards)
-    if config.num_workers > num_rows:
-        raise UserError(
-            f"--num-workers {config.num_workers}: {config.data} has only {num_rows} rows; use fewer workers"
-        )
+    _check_workers(config, num_rows)
     _check_model(config, data, masked)
     found = masked.get("fingerprints", {})
     fingerprints = {
@@ -69,6 +90,13 @@ def check_train(config: TrainConfig) -> TrainPlan:
     if config.evaluation:
         evaluation_shards, fingerprints["evaluation"] = _check_evaluation(config, stored)
     return TrainPlan(data, shards, columns, num_rows, stored, evaluation_shards, fingerprints)
+
+
+def _check_workers(config: TrainConfig, num_rows: int) -> None:
+    if config.num_workers > num_rows:
+        raise UserError(
+            f"--num-workers {config.num_workers}: {config.folder} has only {num_rows} rows; use fewer workers"
+        )
 
 
 def _masked_manifest(folder: str, option: str) -> dict:
@@ -92,7 +120,7 @@ def _check_columns(shard: str, config: TrainConfig) -> list[str]:
         fits = set(DPO_COLUMNS if other == "dpo" else SFT_COLUMNS) <= set(names)
         hint = f"this is data for --objective {other}" if fits else "mask it again"
         raise UserError(
-            f"{config.data} lacks the columns {', '.join(missing)} for --objective {config.objective}: {hint}"
+            f"{config.folder} lacks the columns {', '.join(missing)} for --objective {config.objective}: {hint}"
         )
     return names
 
@@ -112,7 +140,7 @@ def _check_model(config: TrainConfig, data: str, masked: dict) -> None:
             old, new = (getattr(found.get_text_config(), name, None) for found in (theirs, ours))
             if old != new:
                 raise UserError(
-                    f"{config.data} was scored with {scored_with} ({name} {old}), but --model {config.model} has "
+                    f"{config.folder} was scored with {scored_with} ({name} {old}), but --model {config.model} has "
                     f"{name} {new}: score and mask the data with the model that is trained"
                 )
     uri = storage.join(data, "token_classes.parquet")
@@ -121,14 +149,14 @@ def _check_model(config: TrainConfig, data: str, masked: dict) -> None:
         ours_text = token_class_table(tokenizer, [], ours.get_text_config().vocab_size)["text"]
         if len(theirs_text) != len(ours_text):
             raise UserError(
-                f"{config.data} was masked for a vocabulary of {len(theirs_text)} tokens, --model {config.model} has "
+                f"{config.folder} was masked for a vocabulary of {len(theirs_text)} tokens, --model {config.model} has "
                 f"{len(ours_text)}: score and mask the data with the model that is trained"
             )
         differing = pc.not_equal(theirs_text, ours_text).to_numpy().nonzero()[0]
         if len(differing):
             raise UserError(
-                f"{config.data} was masked for another tokenizer than --model {config.model} has: {len(differing)} of "
-                f"{len(ours_text)} tokens read otherwise, the first is id {differing[0]}"
+                f"{config.folder} was masked for another tokenizer than --model {config.model} has: {len(differing)} "
+                f"of {len(ours_text)} tokens read otherwise, the first is id {differing[0]}"
             )
 
 
@@ -156,7 +184,7 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
         why = "--dpo-mask ratio needs them per token" if config.dpo_mask == "ratio" else "--max-length cuts responses"
         if not (config.reference_model or config.lora_rank):
             raise UserError(
-                f"{config.data} has reference log-probabilities of whole responses only, and {why}; "
+                f"{config.folder} has reference log-probabilities of whole responses only, and {why}; "
                 "give --reference-model"
             )
         return False
@@ -164,7 +192,8 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
         return _same_reference(config.reference_model, config, stored_fingerprint)
     if not stored and not (config.reference_model or config.lora_rank):
         raise UserError(
-            f"{config.data} has no reference log-probabilities ({', '.join(REFERENCE_COLUMNS)}); give --reference-model"
+            f"{config.folder} has no reference log-probabilities ({', '.join(REFERENCE_COLUMNS)}); "
+            "give --reference-model"
         )
     return stored
 
@@ -177,7 +206,7 @@ def _same_reference(name: str, config: TrainConfig, stored_fingerprint: str | No
     if not same:
         logger.warning(
             "the reference log-probabilities in %s are not known to be of %s: they are computed again",
-            config.data, config.reference_model,
+            config.folder, config.reference_model,
         )  # fmt: skip
     return same
 
@@ -191,7 +220,7 @@ def _check_evaluation(config: TrainConfig, stored_reference: bool) -> tuple[list
             raise UserError("--evaluation of --objective dpo is a folder that `mask` wrote")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         units = plan_units(config.evaluation)
-        check_source(units, _data_options(config), tokenizer)
+        check_source(units, data_options(config), tokenizer)
         return None, data_fingerprint(units)
     shards = storage.list_shards(first)
     wanted = {"input_ids", "response_mask"} if config.objective == "sft" else set(DPO_COLUMNS)
@@ -207,7 +236,7 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     """Shards of held-out rows; files are encoded into `uri` first. Empty without evaluation."""
     if not config.evaluation or plan.evaluation_shards is not None:
         return plan.evaluation_shards or []
-    encoder = make_encoder(config.model, _data_options(config), config.trust_remote_code)
+    encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
     refused: list[str] = []
     records = [
         {"input_ids": row.input_ids, "response_mask": row.response_mask}
@@ -220,10 +249,6 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     fields = [schema.ENCODED.field(name) for name in ("input_ids", "response_mask")]
     storage.write_table(pa.Table.from_pylist(records, schema=pa.schema(fields)), uri)
     return [uri]
-
-
-def _data_options(config: TrainConfig) -> DataOptions:
-    return DataOptions(columns=config.columns, max_length=config.max_length or EVALUATION_LENGTH)
 
 
 def check_resources(config: TrainConfig) -> None:

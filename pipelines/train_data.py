@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from alphatoken import storage
+from alphatoken.schedule import epoch_order
 from alphatoken.schema import IGNORE_INDEX
 
 FILLER = -1  # index of a row that is none
@@ -55,8 +56,8 @@ class EpochBatches(Sampler[list[int]]):
         return math.ceil(self.num_rows / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
+        shuffled = epoch_order(self.num_rows, self.seed, self.epoch)
+        order = shuffled if self.shuffle else torch.arange(self.num_rows)
         for rows in order.split(self.batch_size * self.world_size):
             share = math.ceil(len(rows) / self.world_size)
             mine = rows[self.rank :: self.world_size].tolist()
@@ -181,8 +182,12 @@ def _pad(rows: list[torch.Tensor], value: float | bool) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def columns_for(objective: str, available: list[str], use_weights: bool, reference: bool) -> list[str]:
+def columns_for(
+    objective: str, available: list[str], use_weights: bool, reference: bool, masked: bool = True
+) -> list[str]:
     """The columns that training reads."""
+    if objective == "sft" and not masked:
+        return ["input_ids", "response_mask"]
     if objective == "sft":
         return [*SFT_COLUMNS, *([WEIGHTS] if use_weights and WEIGHTS in available else [])]
     per_token = [name for name in REFERENCE_TOKENS if name in available]

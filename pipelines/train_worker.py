@@ -28,6 +28,7 @@ from alphatoken.model import fingerprint
 from alphatoken.tokenizer import load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import prepare_worker
+from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.train_data import columns_for, load_rows
 from pipelines.train_export import TRAINER_STATE
 
@@ -44,7 +45,7 @@ def train_worker(settings: dict) -> dict:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line per checkpoint and worker
     folder = tempfile.mkdtemp(prefix="alphatoken-train-")
     try:
-        return _train(TrainConfig(**settings["config"]), settings, folder)
+        return _train(settings["config"], settings, folder)
     except UserError as error:
         return {"user_error": str(error)}
     finally:
@@ -68,6 +69,7 @@ def _train(config: TrainConfig, settings: dict, folder: str) -> dict:
         "steps": state["global_step"],
         "history": [_without_nan(entry) for entry in state["log_history"]],
         "model_fingerprint": model_fingerprint,
+        "seconds": getattr(trainer, "seconds", {}),
     }
 
 
@@ -92,12 +94,16 @@ def _finished_state(checkpoint: str | None) -> dict | None:
 
 def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     """The trainer of the objective with its model and rows. `settings`: see pipelines/train.py."""
+    from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
+    from pipelines.live_trainer import LiveSFTTrainer
     from pipelines.trainers import DPOCollator, MaskedDPOTrainer, MaskedSFTTrainer, SFTCollator
 
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     reference = settings["stored_reference"]
-    columns = columns_for(config.objective, settings["columns"], config.weights, reference)
+    live = settings.get("live")
+    masked = not (config.in_run or live)  # else the masks come while training
+    columns = columns_for(config.objective, settings["columns"], config.weights, reference, masked)
     shared = {
         "model": load_for_training(config.model, config),
         "args": training_arguments(config, folder, reference),
@@ -107,16 +113,42 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
         "peft_config": _lora(config),
         "callbacks": [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else None,
     }
-    if config.objective == "sft":
-        batches = SFTCollator(pad, config.max_length, config.weights)
-        trainer = MaskedSFTTrainer(**shared, data_collator=batches, normalize=config.normalize)
+    if live:
+        more = {"live": live, "config": config}
     else:
-        pairs = DPOCollator(pad, config.max_length, reference, config.dpo_mask)
+        more = {"plan": in_run_plan(config, shared["args"])} if config.in_run else {}
+    if config.objective == "sft":
+        collator = SFTCollator(pad, config.max_length, config.weights, use_masks=not config.in_run)
+        kind = LiveSFTTrainer if live else InRunSFTTrainer if config.in_run else MaskedSFTTrainer
+        trainer = kind(**shared, **more, data_collator=collator, normalize=config.normalize)
+    else:
+        collator = DPOCollator(pad, config.max_length, reference, config.dpo_mask, use_masks=not config.in_run)
         name = None if reference else config.reference_model  # LoRA without one: the model without its adapter
         ref_model = load_for_training(name, config) if name else None
-        trainer = MaskedDPOTrainer(**shared, data_collator=pairs, ref_model=ref_model, dpo_mask=config.dpo_mask)
+        kind = InRunDPOTrainer if config.in_run else MaskedDPOTrainer
+        trainer = kind(**shared, **more, data_collator=collator, ref_model=ref_model, dpo_mask=config.dpo_mask)
     trainer.remove_callback(PrinterCallback)  # the driver shows the metrics file
     return trainer
+
+
+def in_run_plan(config: TrainConfig, args: Any) -> Any:
+    """Validation rows (this worker's share), Fisher and reference weights of an in-run training."""
+    from pipelines.in_run import InRunPlan
+
+    fisher, weights = load_fisher(config, args.device) or (None, None)
+    return InRunPlan(
+        estimator=config.estimator,
+        keep_fraction=config.keep_fraction,
+        refresh_every=config.refresh_every,
+        plain_steps=config.plain_steps,
+        options=gradient_options(config, args.device),
+        validation=validation_batches(config, args.device, args.process_index, args.world_size),
+        window=config.window,
+        preconditioner=config.preconditioner,
+        stability_weight=config.stability_weight,
+        fisher=fisher,
+        reference_weights=weights,
+    )
 
 
 def _evaluation_rows(config: TrainConfig, settings: dict) -> Any:
@@ -155,7 +187,8 @@ def training_arguments(config: TrainConfig, folder: str, stored_reference: bool)
         "report_to": config.report_to or "none",
         "disable_tqdm": True,
         "save_strategy": "steps",
-        "save_steps": config.checkpoint_steps,
+        # Rounds save where a window begins (pipelines/live_trainer.py).
+        "save_steps": config.checkpoint_steps if config.stage == "train" else 10**9,
         "eval_strategy": "steps" if config.evaluation else "no",
         "eval_steps": config.eval_steps if config.evaluation else None,
         "prediction_loss_only": True,

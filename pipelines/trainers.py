@@ -74,12 +74,15 @@ class _MaskedTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         batches = EpochBatches(len(rows), batch_size, args.process_index, args.world_size, seed, shuffle)
         return EpochLoader(
-            RowsWithFillers(rows),
+            self._rows(rows),
             batch_sampler=batches,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+
+    def _rows(self, rows: datasets.Dataset) -> RowsWithFillers:
+        return RowsWithFillers(rows)
 
     # One normaliser per optimizer step
 

@@ -1,5 +1,6 @@
 """`run_train` on Ray Train workers: gradients over several of them, kills and resumes, LoRA, what is refused."""
 
+import contextlib
 import copy
 import json
 import os
@@ -154,11 +155,12 @@ def wait_until_gone(processes: list) -> None:
 
 def workers_of(process, *titles: str) -> list:
     """Ray's processes below one of ours whose title has one of `titles`."""
-    return [
-        child
-        for child in process.children(recursive=True)
-        if any(title in " ".join(child.cmdline()[:1]) for title in titles)
-    ]
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if any(title in " ".join(child.cmdline()[:1]) for title in titles):
+                found.append(child)
+    return found
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""What a training run in rounds can be told: a training run, and how its windows are valued."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from alphatoken.config import Dtype
+from alphatoken.train_config import TrainConfig
+
+
+class RoundsConfig(TrainConfig):
+    """Train in rounds: value the next steps' data with the current weights, mask it, train on it, go on."""
+
+    data: list[str] = Field(min_length=1, description="training files, in any format that score reads")
+    estimator: Literal["value_propagation", "exact"] = Field("exact", description="how tokens are valued")
+    preconditioner: Literal["none", "adam"] = Field(
+        "adam", description="adam: what AdamW would do with the direction, from the optimizer's own second moments"
+    )
+    plain_steps: int = Field(12, ge=0, description="optimizer steps on every token before the first window")
+    refresh_every: int = Field(
+        12, ge=1, description="optimizer steps of a window; more than the run has: one offline pass"
+    )
+    scope: Literal["sequence", "window"] = Field(
+        "window", description="one threshold per response, or one for all tokens of a window"
+    )
+    drop_sequences: float = Field(
+        0.0, ge=0, lt=1, description="first drop this share of rows, the lowest by mean value"
+    )
+    overlap: bool = Field(
+        False, description="value the next window while this one is trained on: with weights one window older"
+    )
+    max_staleness: int | None = Field(
+        None, ge=0, description="never train on values older than this many steps; a run that would is refused"
+    )
+    num_actors: int = Field(1, ge=1, description="scoring actors")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of each scoring actor; 0 scores on CPUs")
+    cpus_per_actor: float = Field(1, gt=0, description="logical CPUs that each scoring actor reserves")
+    score_dtype: Dtype | Literal["auto"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    batch_tokens: int = Field(4096, ge=16, description="computed positions per scoring batch, padding included")
+
+    @property
+    def stage(self) -> str:
+        return "rounds"
+
+    @property
+    def trains_on_files(self) -> bool:
+        return True
+
+    @property
+    def oldest_values(self) -> int:
+        """Age in steps of the oldest values that a step of this run is trained on."""
+        return (2 if self.overlap else 1) * self.refresh_every - 1
+
+    def _check_live_values(self) -> None:
+        if self.in_run:
+            raise ValueError("--in-run is an option of `alphatoken train`; rounds value whole windows")
+        if self.objective == "dpo":
+            raise ValueError("rounds train with --objective sft so far; dpo has `alphatoken train --in-run`")
+        if not self.validation:
+            raise ValueError("rounds need --validation FILES of the target task")
+        if self.parameters == "all":
+            raise ValueError("rounds score linear weights: use --parameters last-layers:K or all-linear")
+
+    @model_validator(mode="after")
+    def _rounds_are_consistent(self) -> "RoundsConfig":
+        if self.lora_rank and self.preconditioner == "adam":
+            raise ValueError(
+                "--preconditioner adam reads the optimizer's moments of whole weights; with --lora-rank give "
+                "--preconditioner none"
+            )
+        if self.preconditioner == "adam" and not self.plain_steps:
+            raise ValueError("--preconditioner adam needs --plain-steps 1 or more: without a step there are no moments")
+        if self.preconditioner == "adam" and not self.optimizer.startswith("adamw"):
+            raise ValueError(f"--preconditioner adam needs an AdamW optimizer, not {self.optimizer}")
+        if self.max_staleness is not None and self.max_staleness < self.oldest_values:
+            raise ValueError(
+                f"--max-staleness {self.max_staleness}: values get up to {self.oldest_values} steps old with "
+                f"--refresh-every {self.refresh_every}{' and --overlap' if self.overlap else ''}; refresh more often"
+            )
+        if self.early_stopping and (self.eval_steps % self.refresh_every or self.plain_steps % self.refresh_every):
+            raise ValueError(
+                "--early-stopping in rounds needs --eval-steps and --plain-steps that are multiples of --refresh-every"
+            )
+        return self

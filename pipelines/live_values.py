@@ -1,0 +1,107 @@
+"""What in-run training and rounds need beside the model: checked before anything starts, then loaded by each worker."""
+
+import torch
+
+from alphatoken import direction as directions
+from alphatoken import tensor_file, token_classes
+from alphatoken.architecture import scored_parameters
+from alphatoken.batching import Batch, make_batch, plan_batches
+from alphatoken.config import DataOptions
+from alphatoken.encode import Encoded, check_source
+from alphatoken.errors import UserError
+from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.tokenizer import load_config, load_tokenizer
+from alphatoken.train_config import TrainConfig
+from pipelines.direction import class_weight_table, reasons, report_refused
+from pipelines.encode import good_rows, make_encoder
+from pipelines.encode_folder import encode_folder
+
+FILES_LENGTH = 2048  # of rows from files, where no --max-length is given
+BATCH_TOKENS = 4096  # of a validation batch
+
+
+def data_options(config: TrainConfig) -> DataOptions:
+    """How files become rows."""
+    return DataOptions(columns=config.columns, max_length=config.max_length or FILES_LENGTH)
+
+
+def check_live(config: TrainConfig) -> dict:
+    """Everything about the files that can be known before a model is loaded; returns fingerprints. UserError."""
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    options = data_options(config)
+    sources = [config.validation] if config.objective == "dpo" else [config.data, config.validation]
+    for files in sources:
+        check_source(plan_units(files), options, tokenizer)
+    token_classes.check_class_names(config.class_weights)
+    _check_layers(config)
+    found = {"validation": data_fingerprint(config.validation)}
+    if config.fisher:
+        provenance = tensor_file.read_provenance(config.fisher, "fisher")
+        if provenance.parameters != config.scored_parameters:
+            raise UserError(
+                f"{config.fisher} covers --parameters {provenance.parameters}, this run scores "
+                f"{config.scored_parameters}; make it again with `alphatoken fisher`"
+            )
+        found["fisher"] = provenance.model_fingerprint
+    return found
+
+
+def _check_layers(config: TrainConfig) -> None:
+    last = config.scored_parameters.partition(":")[2]
+    there = load_config(config.model, config.trust_remote_code).get_text_config().num_hidden_layers
+    if last and int(last) > there:
+        raise UserError(f"--parameters {config.scored_parameters}: the model has only {there} decoder layers")
+
+
+def encode_data(config: TrainConfig, output: str) -> dict:
+    """The training files as a folder of encoded rows; returns its manifest. Ray has to run."""
+    return encode_folder(plan_units(config.data), config.model, data_options(config), output, config.trust_remote_code)
+
+
+def validation_batches(config: TrainConfig, device: torch.device, part: int = 0, parts: int = 1) -> list[Batch]:
+    """Every parts-th validation row from `part` on, in batches; all rows where there are fewer than parts."""
+    encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
+    refused: list[str] = []
+    rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder, refused)]
+    if not rows:
+        raise UserError(f"no validation row can be used, so there is no direction {reasons(refused)}")
+    if part == 0:
+        report_refused("validation", len(rows), refused)
+    mine = rows[part::parts] if len(rows) >= parts else rows
+    return _batches(mine, config.normalization == "sequence", device)
+
+
+def _batches(rows: list[Encoded], one_by_one: bool, device: torch.device) -> list[Batch]:
+    lengths = [len(row.input_ids) for row in rows]
+    groups = [[i] for i in range(len(rows))] if one_by_one else plan_batches(lengths, BATCH_TOKENS)
+    return [make_batch([rows[i].input_ids for i in g], [rows[i].response_mask for i in g]).to(device) for g in groups]
+
+
+def gradient_options(config: TrainConfig, device: torch.device) -> directions.GradientOptions:
+    """How the validation direction is made."""
+    weights = None
+    if config.class_weights:
+        encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
+        weights = class_weight_table(config.class_weights, config.model, encoder).to(device)
+    return directions.GradientOptions(
+        config.scored_parameters, config.normalization, config.positions_for(config.estimator), weights
+    )
+
+
+def load_fisher(config: TrainConfig, device: torch.device) -> tuple[directions.Tensors, directions.Tensors] | None:
+    """(Fisher, weights of the reference model) of the scored parameters; None without --fisher."""
+    if not config.fisher:
+        return None
+    file = tensor_file.load(config.fisher, "fisher")
+    name = config.reference_model or config.model
+    reference: ScoringModel = load_model(name, "float32", torch.device("cpu"), config.trust_remote_code)
+    tensor_file.check_matches(
+        file.provenance, config.fisher, fingerprint(reference.model), config.scored_parameters
+    )
+    weights = {
+        name: parameter.detach().to(device)
+        for name, parameter in scored_parameters(reference.model, config.scored_parameters).items()
+    }
+    return {name: tensor.to(device) for name, tensor in file.group("fisher").items()}, weights
+

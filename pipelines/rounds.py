@@ -1,0 +1,217 @@
+"""Training in rounds: the whole flow. Read this first.
+
+    files ──> encode ──> rows ───────────────────────────────────────────────┐
+                                                                             v
+    trainer: plain steps, then window after window: give weights away ──> wait ──> train on masked rows ──> ...
+                                                          │                ^
+                                                          v                │
+    scoring actors:                     direction at these weights ──> values of the window's rows ──> mask
+
+Values go stale within a few optimizer steps, so each window of `--refresh-every` steps is valued with the weights of
+its beginning; with `--overlap` with those of the window before, while the trainer works on that one. Weights travel
+through Ray's object store. Masked windows and checkpoints stay on disk: the same command goes on with them.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import ray
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
+
+from alphatoken import storage
+from alphatoken.batching import split_evenly
+from alphatoken.rounds_config import RoundsConfig
+from alphatoken.schedule import Schedule, Window
+from pipelines.board import Board, ask
+from pipelines.cluster import torch_threads, user_errors
+from pipelines.live_trainer import Live
+from pipelines.train import Progress, Training, begin, finish, finished_manifest, fit
+from pipelines.window_files import finished_windows, write_window
+from pipelines.window_scorer import WindowScorer, combine
+
+RETRIES = 5  # of a window whose weights or actors were lost
+
+logger = logging.getLogger(__name__)
+
+
+def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
+    """Train in rounds, write the folder `config.output` and return its manifest. Goes on where it was cut off.
+
+    Raises UserError and TrainingFailedError as `run_train` does.
+    """
+    training = begin(config, num_cpus=_logical_cpus(config))
+    if training is None:
+        return finished_manifest(config)
+    schedule = make_schedule(training)
+    done = finished_windows(training.output, schedule)
+    board = Board.remote(done)
+    with user_errors(), valuing_windows(training, schedule, board, done) as stages:
+        result = fit(training, progress, Live(board, schedule))
+    windows = finished_windows(training.output, schedule)
+    return finish(training, result, {"rounds": _summary(schedule, windows, stages, result.return_value["seconds"])})
+
+
+def make_schedule(training: Training) -> Schedule:
+    """Which rows are trained on at which step, and valued in which window."""
+    config = training.config
+    return Schedule(
+        num_rows=training.plan.num_rows,
+        rows_per_forward=config.per_device_batch_size * config.num_workers,
+        accumulation=config.gradient_accumulation,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        plain_steps=config.plain_steps,
+        refresh_every=config.refresh_every,
+        overlap=config.overlap,
+    )
+
+
+@contextmanager
+def valuing_windows(
+    training: Training, schedule: Schedule, board: Any, done: dict[int, dict]
+) -> Iterator[dict[str, float]]:
+    """Values one window after the other in the background, while the trainer in the body asks for them.
+
+    Yields the seconds spent in each stage.
+    """
+    seconds = {"weights": 0.0, "direction": 0.0, "score": 0.0, "mask": 0.0}
+    todo = [window for window in schedule.windows if window.start not in done]
+    if not todo:
+        yield seconds
+        return
+    actors = _start_actors(training)
+    lengths = _row_lengths(training.plan.shards)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for window in todo:
+                _with_retries(_value_window, training, schedule, window, board, actors, lengths, seconds)
+        except BaseException as error:  # the trainer must not wait for ever; raised again below
+            failure.append(error)
+            ask(board.fail.remote(f"valuing a window failed: {error}"))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield seconds
+    except Exception:
+        if failure:
+            raise failure[0] from None
+        raise
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _value_window(
+    training: Training,
+    schedule: Schedule,
+    window: Window,
+    board: Any,
+    actors: list,
+    lengths: np.ndarray,
+    seconds: dict[str, float],
+) -> None:
+    """Weights -> direction -> values -> masks, for the rows of one window."""
+    with _timed(seconds, "weights"):
+        step, [snapshot] = ask(board.weights.remote(window.weights_step))
+    try:
+        with _timed(seconds, "direction"):
+            gradients = [actor.gradient.remote(snapshot) for actor in actors]
+            drift = actors[0].drift.remote(snapshot)
+            direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)
+            ray.wait([direction], fetch_local=False)
+        with _timed(seconds, "score"):
+            rows, _ = schedule.rows_of(window)
+            parts = split_evenly(lengths[rows], len(actors))
+            scored = [
+                actor.score.remote(snapshot, direction, drift, rows[part])
+                for actor, part in zip(actors, parts, strict=True)
+                if len(part)
+            ]
+            ray.wait(scored, num_returns=len(scored), fetch_local=False)
+        with _timed(seconds, "mask"):
+            config, output = training.config, training.output
+            summary = ask(write_window.remote(config, schedule, window, step, output, scored))
+    except RayError as error:
+        if isinstance(_root(error), ObjectLostError):
+            ask(board.forget.remote(step))  # the trainer that owned them has died; its successor gives new ones
+        raise
+    ask(board.finish.remote(window.start, summary))
+
+
+def _with_retries(work: Callable[..., None], *args: Any) -> None:
+    """Again where Ray lost an actor, a worker or what they held; an error of our own code would only repeat itself."""
+    for left in reversed(range(RETRIES + 1)):
+        try:
+            return work(*args)
+        except RayError as error:
+            if not left or not isinstance(_root(error), RayError) or isinstance(_root(error), RayTaskError):
+                raise
+            logger.warning("valuing a window failed (%s), trying again", type(error).__name__)
+            time.sleep(1.0)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What went wrong in the first place, below the errors of tasks that waited for it."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def _start_actors(training: Training) -> list:
+    config = training.config
+    sharing = config.num_actors + (config.num_workers if config.overlap else 0)
+    options = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
+    threads = torch_threads(sharing, config.cpus_per_actor)
+    count = config.num_actors
+    actors = [
+        WindowScorer.options(**options).remote(config, training.plan.shards, part, count, threads)
+        for part in range(count)
+    ]
+    ray.get([actor.ready.remote() for actor in actors])  # what is wrong with them is known before training starts
+    return actors
+
+
+def _row_lengths(shards: list[str]) -> np.ndarray:
+    """Tokens of every row: the actors get equal shares of work."""
+    return np.concatenate([pc.list_value_length(storage.read_table(s, ["input_ids"])["input_ids"]) for s in shards])
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.monotonic() - started
+
+
+def _logical_cpus(config: RoundsConfig) -> int:
+    """What a private Ray needs: all workers and actors at once, and slots for tasks."""
+    return int(config.num_workers * config.cpus_per_worker + config.num_actors * config.cpus_per_actor) + 3
+
+
+def _summary(schedule: Schedule, windows: dict[int, dict], stages: dict[str, float], trainer: dict) -> dict:
+    """What the manifest says of the rounds."""
+    found = list(windows.values())
+    seconds = stages | {f"trainer_{name}": value for name, value in trainer.items()}
+    response = sum(window["counts"]["response_tokens"] for window in found)
+    kept = sum(window["counts"]["kept_tokens"] for window in found)
+    return {
+        "windows": len(schedule.windows),
+        "oldest_values": max((window["oldest_values"] for window in found), default=0),
+        "rows_valued": sum(window["counts"]["rows_in"] for window in found),
+        "rows_quarantined": sum(window["counts"]["rows_quarantined"] for window in found),
+        "kept_fraction": round(kept / response, 6) if response else 1.0,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+

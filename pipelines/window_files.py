@@ -1,0 +1,79 @@
+"""The masked windows of a run in rounds, on disk.
+
+    OUT/windows/<first step>/train-<part>.parquet   MASKED rows; also row_index, weights_step and age
+    OUT/windows/<first step>/quarantine-<part>.parquet
+    OUT/windows/<first step>/window.json            written last: a window with it is complete
+
+`age` is the number of steps between the weights behind a row's values and the step that first trains on it.
+"""
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from alphatoken import masking, storage
+from alphatoken.masking import MaskPlan
+from alphatoken.rounds_config import RoundsConfig
+from alphatoken.schedule import Schedule, Window
+
+SUMMARY = "window.json"
+
+
+def window_folder(output: str, start: int) -> str:
+    return storage.join(output, "windows", f"{start:09d}")
+
+
+def finished_windows(output: str, schedule: Schedule) -> dict[int, dict]:
+    """First step -> summary of the windows that are complete."""
+    found = {}
+    for window in schedule.windows:
+        summary = storage.join(window_folder(output, window.start), SUMMARY)
+        if storage.exists(summary):
+            found[window.start] = storage.read_json(summary)
+    return found
+
+
+@ray.remote(num_cpus=0.5)
+def write_window(
+    config: RoundsConfig,
+    schedule: Schedule,
+    window: Window,
+    weights_step: int,
+    output: str,
+    scored: list[ray.ObjectRef],
+) -> dict:
+    """Mask a window's scored tables with common thresholds and write them; returns the summary."""
+    started = time.monotonic()
+    tables: list[pa.Table] = ray.get(scored)
+    folder = window_folder(output, window.start)
+    plan = MaskPlan(config.keep_fraction, config.stability_weight)
+    masked = masking.mask_tables(tables, plan, config.drop_sequences, config.scope == "window", folder)
+    rows, steps = schedule.rows_of(window)
+    counts: dict[str, int] = {}
+    oldest = 0
+    for part, shard in enumerate(masked):
+        ages = steps[np.searchsorted(rows, shard.data["row_index"].to_numpy())] - weights_step
+        oldest = max(oldest, int(ages.max(initial=0)))
+        data = shard.data.append_column("weights_step", pa.array(np.full(len(ages), weights_step, np.int64)))
+        data = data.append_column("age", pa.array(ages.astype(np.int32)))
+        storage.write_table(data, storage.join(folder, f"train-{part:05d}.parquet"))
+        if shard.quarantine.num_rows:
+            storage.write_table(shard.quarantine, storage.join(folder, f"quarantine-{part:05d}.parquet"))
+        for name, value in shard.counts.items():
+            counts[name] = counts.get(name, 0) + value
+    summary = {
+        "start": window.start,
+        "stop": window.stop,
+        "weights_step": weights_step,
+        "oldest_values": oldest,
+        "counts": counts,
+        "shards": [storage.join(folder, f"train-{part:05d}.parquet") for part in range(len(masked))],
+        "seconds": {
+            "score": sum(float(table.schema.metadata[b"seconds"]) for table in tables),
+            "mask": round(time.monotonic() - started, 3),
+        },
+    }
+    storage.write_json(summary, storage.join(folder, SUMMARY))
+    return summary

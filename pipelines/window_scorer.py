@@ -1,0 +1,119 @@
+"""The scoring actor of a run in rounds: weights come in, a direction and token values go out.
+
+The model is loaded once; each window brings it newer weights through Ray's object store.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from alphatoken import direction as directions
+from alphatoken.exact import Exact
+from alphatoken.model import default_device, load_model
+from alphatoken.rounds_config import RoundsConfig
+from alphatoken.scoring import score_table
+from alphatoken.value_propagation import ValuePropagation
+from pipelines.cluster import prepare_worker
+from pipelines.live_values import gradient_options, load_fisher, validation_batches
+from pipelines.train_data import load_rows
+
+COLUMNS = ["row_id", "id", "input_ids", "response_mask", "truncated"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the trainer gives away at a step."""
+
+    step: int
+    weights: dict[str, torch.Tensor]  # every parameter by name
+    moments: dict[str, torch.Tensor]  # AdamW's second moments (without bias) of the scored ones; may be empty
+
+
+@ray.remote(max_restarts=-1, max_task_retries=3)
+class WindowScorer:
+    """One of `parts` actors; it holds every parts-th validation row."""
+
+    def __init__(self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int) -> None:
+        prepare_worker(threads)
+        self.config = config
+        self.device = default_device() if config.gpus_per_actor else torch.device("cpu")
+        self.scoring = load_model(config.model, config.score_dtype, self.device, config.trust_remote_code)
+        self.options = gradient_options(config, self.device)
+        self.validation = validation_batches(config, self.device, part, parts)
+        self.fisher, self.reference = load_fisher(config, self.device) or (None, None)
+        self.rows = load_rows(shards, COLUMNS).with_format("arrow")
+        self.step: int | None = None
+
+    def ready(self) -> None:
+        """Answers once the actor has everything loaded."""
+
+    def gradient(self, snapshot: Snapshot) -> directions.MeanGradient:
+        """The gradient of this actor's validation rows at the snapshot."""
+        self._load(snapshot)
+        found = directions.mean_gradient(self.scoring, self.validation, self.options)
+        tensors = {name: tensor.cpu() for name, tensor in found.tensors.items()}
+        return directions.MeanGradient(tensors, found.num_rows, found.num_tokens, found.weight)
+
+    def score(
+        self, snapshot: Snapshot, direction: directions.Tensors, drift: directions.Tensors | None, indices: np.ndarray
+    ) -> pa.Table:
+        """SCORED rows, with their index in the data as `row_index` and the seconds that they took as metadata."""
+        self._load(snapshot)
+        started = time.monotonic()
+        estimator = self._estimator(direction, drift)
+        table = pa.table(self.rows[indices.tolist()])
+        scored, failures, _ = score_table(table, estimator, self.config.batch_tokens, self.device)
+        scored = scored.append_column("row_index", pa.array(indices, pa.int64()))
+        if failures:  # NaN marks the rows for `mask`, which puts them aside
+            scored = _with_nan(scored, failures)
+        seconds = f"{time.monotonic() - started:.3f}"
+        return scored.replace_schema_metadata({"seconds": seconds})
+
+    def drift(self, snapshot: Snapshot) -> directions.Tensors | None:
+        """F * (W - W_ref) at the snapshot; None without a Fisher."""
+        if self.fisher is None:
+            return None
+        self._load(snapshot)
+        return {name: t.cpu() for name, t in directions.drift(self.scoring, self.reference, self.fisher).items()}
+
+    def _estimator(self, direction: directions.Tensors, drift: directions.Tensors | None):
+        parameters = self.config.scored_parameters
+        if self.config.estimator == "exact":
+            return Exact(self.scoring, parameters, direction, drift)
+        return ValuePropagation(self.scoring, parameters, direction, drift, self.config.window)
+
+    @torch.no_grad()
+    def _load(self, snapshot: Snapshot) -> None:
+        if self.step == snapshot.step:
+            return
+        for name, parameter in self.scoring.model.named_parameters():
+            parameter.copy_(snapshot.weights[name])
+        self.step = snapshot.step
+
+
+@ray.remote(num_cpus=0)
+def combine(
+    parts: list[ray.ObjectRef], snapshot: Snapshot, drift: directions.Tensors | None
+) -> tuple[directions.Tensors, directions.Tensors | None]:
+    """One direction from the actors' gradients, preconditioned where the snapshot has moments; the drift likewise."""
+    gradients: Iterable[directions.MeanGradient] = ray.get(parts)
+    total: directions.Tensors = {}
+    weight = sum(found.weight for found in gradients)
+    for found in gradients:
+        directions.add_into(total, {name: t * (found.weight / weight) for name, t in found.tensors.items()})
+    if not snapshot.moments:
+        return total, drift
+    scale = directions.adam_scale(snapshot.moments)
+    scaled = {name: tensor * scale[name] for name, tensor in total.items()}
+    return scaled, drift and {name: tensor * scale[name] for name, tensor in drift.items()}
+
+
+def _with_nan(table: pa.Table, rows: Iterable[int]) -> pa.Table:
+    means = table["mean_adaptation"].to_numpy().copy()
+    means[list(rows)] = np.nan
+    return table.set_column(table.column_names.index("mean_adaptation"), "mean_adaptation", pa.array(means))

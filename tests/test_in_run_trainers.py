@@ -1,0 +1,207 @@
+"""In-run trainers, one step in this process: masks from offline values, gradients from the hand-written losses."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from trl import DPOConfig, SFTConfig
+
+from alphatoken.batching import Batch, make_batch
+from alphatoken.direction import GradientOptions, adam_scale, drift, mean_gradient
+from alphatoken.exact import Exact
+from alphatoken.losses import dpo_omega
+from alphatoken.model import prepare_model
+from alphatoken.value_propagation import ValuePropagation
+from pipelines.in_run import InRunDPOTrainer, InRunPlan, InRunSFTTrainer
+from pipelines.train_data import DPOCollator, SFTCollator
+from tests import hand_written
+from tests.masked_folder import SIDES, pair_rows, sft_rows
+from tests.test_trainers import BETA, PAD, TOKENIZER, options, small_model, step
+
+KEEP = 0.6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def validation() -> list[Batch]:
+    rows = sft_rows(3, seed=9)
+    return [make_batch([row["input_ids"] for row in rows], [row["response_mask"] for row in rows])]
+
+
+def plan_of(estimator: str, **changes) -> InRunPlan:
+    positions = "response" if estimator == "value_propagation" else "all"
+    parameters = "last-layers:1" if estimator == "value_propagation" else "all-linear"
+    settings = {"keep_fraction": KEEP, "refresh_every": 1, "plain_steps": 0, "validation": validation()}
+    return InRunPlan(estimator, options=GradientOptions(parameters, positions=positions), **(settings | changes))
+
+
+def offline_values(model, estimator: str, ids: list[list[int]], masks: list[list[bool]]) -> list[torch.Tensor]:
+    """Values of each row, one tensor a row, at the weights of `model`."""
+    plan, scoring = plan_of(estimator), prepare_model(copy.deepcopy(model))
+    direction = mean_gradient(scoring, plan.validation, plan.options).tensors
+    kind = ValuePropagation if estimator == "value_propagation" else Exact
+    batch = make_batch(ids, masks)
+    return batch.split(kind(scoring, plan.options.parameters, direction)(batch).adaptation)
+
+
+def above_quantile(values: list[torch.Tensor]) -> list[list[bool]]:
+    """Whether each token is among the best KEEP of all, or the best of its row."""
+    everything = torch.cat(values).sort(descending=True).values
+    threshold = everything[-(-int(KEEP * 10) * len(everything) // 10) - 1]
+    return [[bool(v >= min(threshold, row.max())) for v in row] for row in values]
+
+
+def sft_trainer(folder, model, rows, plan, normalize="kept", **changes):
+    return InRunSFTTrainer(
+        model,
+        args=SFTConfig(**options(folder, dataset_kwargs={"skip_prepare_dataset": True}, **changes)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list(rows),
+        processing_class=TOKENIZER,
+        data_collator=SFTCollator(PAD, use_masks=False, use_weights=False),
+        normalize=normalize,
+        plan=plan,
+    )
+
+
+@pytest.mark.parametrize("normalize", ["kept", "response"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
+def test_sft_step(tmp_path, estimator, batch, accumulation, normalize):
+    """Accumulation changes neither the masks nor the gradient."""
+    model = small_model()
+    rows = [{name: row[name] for name in ("input_ids", "response_mask")} for row in sft_rows(8)]
+    values = offline_values(model, estimator, *([row[name] for row in rows] for name in rows[0]))
+    masked = []
+    for row, keep in zip(rows, map(iter, above_quantile(values)), strict=True):
+        labels = [t if inside and next(keep) else -100 for t, inside in zip(*row.values(), strict=True)]
+        masked.append(row | {"labels": labels})
+    dropped = sum(label == -100 for row in masked for label in row["labels"])
+    assert dropped > sum(not inside for row in rows for inside in row["response_mask"])
+    expected = hand_written.gradient(copy.deepcopy(model), lambda m: hand_written.sft(m, masked, normalize))
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = sft_trainer(tmp_path, model, rows, plan_of(estimator), normalize, **sizes)
+    hand_written.assert_same_gradient(step(trainer), expected)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(
+        hand_written.sft(small_model(), masked, normalize).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", ["loss", "ratio"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(6, 1), (2, 3)])
+@pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
+def test_dpo_step(tmp_path, estimator, batch, accumulation, mode):
+    model, reference = small_model(), small_model(seed=1)
+    rows = pair_rows(6)
+    for side in SIDES:  # values with DPO's sign and weight, and a threshold of its own
+        ids = [row["prompt_ids"] + row[f"{side}_ids"] for row in rows]
+        inside = [[False] * len(row["prompt_ids"]) + [True] * len(row[f"{side}_ids"]) for row in rows]
+        values = offline_values(model, estimator, ids, inside)
+        signed = []
+        for row, row_values in zip(rows, values, strict=True):
+            with torch.no_grad():
+                ours, theirs = hand_written.pair_sums(model, row), hand_written.pair_sums(reference, row)
+            ratios = [ours[name][0] - theirs[name][0] for name in SIDES]
+            omega = dpo_omega(ratios[0], ratios[1], BETA)
+            signed.append(row_values * (omega if side == "chosen" else -omega))
+        for row, keep in zip(rows, above_quantile(signed), strict=True):
+            row[f"new_{side}_mask"] = keep
+    masked = [row | {f"{side}_mask": row[f"new_{side}_mask"] for side in SIDES} for row in rows]
+    expected = hand_written.dpo_gradient(copy.deepcopy(model), reference, masked, BETA, mode)
+    given = [{name: row[name] for name in row if not name.startswith("new_")} for row in rows]
+    trainer = InRunDPOTrainer(
+        model,
+        ref_model=reference,
+        args=DPOConfig(
+            **options(
+                tmp_path, beta=BETA, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+            )
+        ),
+        train_dataset=datasets.Dataset.from_list(given),
+        eval_dataset=datasets.Dataset.from_list(given),
+        processing_class=TOKENIZER,
+        data_collator=DPOCollator(PAD, None, False, mode, use_masks=False),
+        dpo_mask=mode,
+        plan=plan_of(estimator),
+    )
+    hand_written.assert_same_gradient(step(trainer), expected)
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(hand_written.dpo_loss(small_model(), reference, masked, BETA, mode), rel=1e-5)
+    assert {"rewards/margins", "kept_fraction"} <= first.keys()
+
+
+def test_the_direction_is_refreshed_every_k_steps_after_the_plain_ones(tmp_path):
+    rows = sft_rows(20)
+    plan = plan_of("exact", plain_steps=2, refresh_every=3)
+    trainer = sft_trainer(
+        tmp_path, small_model(), rows, plan, per_device_train_batch_size=2, max_steps=9, learning_rate=1e-3
+    )
+    trainer.train()
+    kept = [line["kept_fraction"] for line in trainer.state.log_history if "kept_fraction" in line]
+    assert kept[:2] == [1.0, 1.0] and max(kept[2:]) < 0.9
+    assert trainer.refreshes == 3  # before steps 2, 5 and 8
+
+
+def test_adam_preconditioner_is_the_optimizer_s_own(tmp_path):
+    """And a first step without moments trains on everything."""
+    rows = sft_rows(8)
+    plan = plan_of("exact", preconditioner="adam")
+    trainer = sft_trainer(
+        tmp_path, small_model(), rows, plan, per_device_train_batch_size=4, max_steps=2, optim="adamw_torch",
+        learning_rate=1e-3,
+    )  # fmt: skip
+    seen = record_directions(trainer, lambda: weights_of(trainer))
+    trainer.train()
+    assert [line["kept_fraction"] for line in trainer.state.log_history if "kept_fraction" in line][0] == 1.0
+    (direction, (scoring, moments)), = seen
+    expected = mean_gradient(scoring, plan.validation, plan.options).tensors
+    scale = adam_scale(moments)
+    for name, tensor in direction.items():
+        torch.testing.assert_close(tensor, expected[name] * scale[name], rtol=1e-6, atol=1e-12)
+
+
+def record_directions(trainer, beside) -> list[tuple]:
+    """Every direction that is set, with what `beside` says at that moment."""
+    seen, plain = [], trainer.in_run.set_direction
+
+    def record(tensors):
+        seen.append((tensors, beside()))
+        plain(tensors)
+
+    trainer.in_run.set_direction = record
+    return seen
+
+
+def weights_of(trainer):
+    """(a copy of the model, the optimizer's second moments without bias)."""
+    named = dict(trainer.model.named_parameters())
+    state = {name: trainer.optimizer.state[named[name]] for name in trainer._direction}
+    beta = trainer.args.adam_beta2
+    moments = {name: found["exp_avg_sq"].float() / (1 - beta ** float(found["step"])) for name, found in state.items()}
+    return prepare_model(copy.deepcopy(trainer.model)), moments
+
+
+def test_drift_is_that_of_the_current_weights(tmp_path):
+    rows, reference = sft_rows(8), small_model()
+    names = [name for name, p in reference.named_parameters() if "proj" in name]
+    fisher = {name: torch.rand_like(dict(reference.named_parameters())[name]) for name in names}
+    weights = {name: dict(reference.named_parameters())[name].detach().clone() for name in names}
+    plan = plan_of("exact", fisher=fisher, reference_weights=weights, stability_weight=2.0, refresh_every=10)
+    trainer = sft_trainer(tmp_path, small_model(), rows, plan, per_device_train_batch_size=4, max_steps=2)
+    seen = record_directions(trainer, lambda: drift(trainer.in_run.scoring, weights, fisher))
+    trainer.train()
+    assert len(seen) == 2 and trainer.refreshes == 1
+    (first, none_yet), (second, moved) = seen
+    assert all(not tensor.any() for tensor in none_yet.values()) and any(tensor.any() for tensor in moved.values())
+    for name in names:
+        torch.testing.assert_close(second[name] - first[name], 2.0 * moved[name], rtol=1e-4, atol=1e-9)

@@ -1,0 +1,219 @@
+"""`run_rounds` with real Ray workers and actors, on a tiny model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+
+from alphatoken import storage
+from alphatoken.batching import make_batch
+from alphatoken.direction import GradientOptions, mean_gradient
+from alphatoken.exact import Exact
+from alphatoken.model import load_model
+from alphatoken.rounds_config import RoundsConfig
+from pipelines.live_values import validation_batches
+from pipelines.rounds import make_schedule, run_rounds
+from pipelines.train import read_metrics
+from pipelines.window_files import window_folder
+from tests.masked_folder import write_model
+from tests.test_train_pipeline import wait_until_gone, workers_of
+
+WORDS = ["one", "two", "three", "four", "five", "apples", "pears", "are", "is", "have", "of", "the", "sum", "makes"]
+
+
+def write_rows(path: Path, count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    with open(path, "w") as file:
+        for number in range(count):
+            prompt, answer = (" ".join(draw.choices(WORDS, k=draw.randint(3, 8))) for _ in range(2))
+            file.write(json.dumps({"id": f"r{number}", "prompt": prompt, "completion": " " + answer}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("rounds")
+    return {
+        "model": write_model(folder / "model"),
+        "data": [write_rows(folder / "data.jsonl", 30, 0)],
+        "validation": [write_rows(folder / "validation.jsonl", 5, 1)],
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny tensors on a shared machine: more threads only wait for one another."""
+    monkeypatch.setattr("pipelines.train.torch_threads", lambda *_: 1)
+    monkeypatch.setattr("pipelines.rounds.torch_threads", lambda *_: 1)
+
+
+def config_of(inputs: dict, output: Path, **changes) -> RoundsConfig:
+    settings = {
+        "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 10, "plain_steps": 2, "refresh_every": 3,
+        "save_steps": 3, "schedule": "constant",
+    }  # fmt: skip
+    return RoundsConfig(**inputs, output=str(output), **(settings | changes))
+
+
+def windows_of(output: str) -> list[tuple[dict, pa.Table]]:
+    folders = sorted(Path(output, "windows").iterdir())
+    summaries = [json.loads((folder / "window.json").read_text()) for folder in folders]
+    return [(found, pa.concat_tables(map(storage.read_table, found["shards"]))) for found in summaries]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_actors(local_ray, tmp_path, inputs, overlap):
+    oldest = 5 if overlap else 2
+    config = config_of(inputs, tmp_path / "out", overlap=overlap, num_actors=2, max_staleness=oldest)
+    manifest = run_rounds(config)
+    rounds = manifest["rounds"]
+    assert manifest["counts"]["steps"] == 10 and rounds["windows"] == 3
+    assert rounds["oldest_values"] == oldest and rounds["rows_quarantined"] == 0
+    assert 0.8 <= rounds["kept_fraction"] < 0.95
+    lines = [line for line in read_metrics(f"{config.output}/metrics.jsonl") if "loss" in line]
+    ages = [line.get("values_age") for line in lines]
+    start = [None, None, 1, 2, 3, 3, 4, 5, 3, 4] if overlap else [None, None, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert ages == start
+    for summary, table in windows_of(config.output):
+        assert set(table["weights_step"].to_pylist()) == {summary["weights_step"]}
+        assert max(table["age"].to_pylist()) == summary["oldest_values"] <= oldest
+        kept = sum(label >= 0 for labels in table["labels"].to_pylist() for label in labels)
+        assert kept == summary["counts"]["kept_tokens"]
+    load_model(f"{config.output}/model")
+    assert run_rounds(config) == manifest  # finished: nothing is done again
+
+
+@pytest.mark.slow
+def test_values_are_those_of_the_weights_at_the_window(local_ray, tmp_path, inputs):
+    """The first window's values, from the checkpoint that plain steps led to, by the library alone."""
+    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32"}
+    config = config_of(inputs, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
+    run_rounds(config)
+    plain = config_of(inputs, tmp_path / "plain", **shared, max_steps=2, refresh_every=2)
+    run_rounds(plain)
+    assert not Path(plain.output, "windows").exists()
+    scoring = load_model(f"{plain.output}/model", "float32")
+    shards = storage.list_shards(f"{config.output}/encoded")
+    encoded = pa.concat_tables(map(storage.read_table, shards)).to_pylist()
+    validation = validation_batches(config, torch.device("cpu"))
+    direction = mean_gradient(scoring, validation, GradientOptions("all-linear")).tensors
+    estimator = Exact(scoring, "all-linear", direction, method="forward")
+    ((_, table),) = windows_of(config.output)
+    assert table.num_rows == 8
+    for row in table.to_pylist():
+        source = encoded[row["row_index"]]
+        assert source["input_ids"] == row["input_ids"]
+        found = estimator(make_batch([source["input_ids"]], [source["response_mask"]])).adaptation
+        stored = torch.tensor(row["adaptation"])[torch.tensor(row["response_mask"])]
+        assert (stored - found).abs().max() < 1e-2 * found.abs().max()
+
+
+@pytest.mark.slow
+def test_lora(local_ray, tmp_path, inputs):
+    config = config_of(inputs, tmp_path / "out", lora_rank=2, preconditioner="none", max_steps=5)
+    manifest = run_rounds(config)
+    assert manifest["rounds"]["windows"] == 1
+    load_model(f"{config.output}/model")
+
+
+DRIVER = """
+import json, sys, pipelines.train, pipelines.rounds
+from alphatoken.rounds_config import RoundsConfig
+pipelines.train.torch_threads = pipelines.rounds.torch_threads = lambda *_: 1
+pipelines.rounds.run_rounds(RoundsConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def losses_of(output: str) -> list[float]:
+    lines = [line for line in read_metrics(f"{output}/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, inputs):
+    undisturbed = config_of(inputs, tmp_path / "plain", overlap=True)
+    run_rounds(undisturbed)
+
+    config = undisturbed.model_copy(update={"output": str(tmp_path / "out")})
+    root = str(Path(__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": root}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json"))],
+        env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    second = Path(window_folder(config.output, 5), "window.json")
+    while not second.exists():  # the second window is valued: the trainer is at step 5 or later, or about to be
+        assert driver.poll() is None
+        time.sleep(0.02)
+    others = workers_of(psutil.Process(driver.pid), "RayTrainWorker", "TrainController", "WindowScorer")
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait_until_gone(others)
+    assert not storage.exists(f"{config.output}/manifest.json")
+
+    killed = []
+
+    def kill_an_actor(line: dict) -> None:
+        victims = workers_of(psutil.Process(), "WindowScorer")
+        if not killed and victims:
+            killed.append(victims[0].pid)
+            victims[0].kill()
+
+    manifest = run_rounds(config, kill_an_actor)
+    assert killed and manifest["counts"]["steps"] == 10
+    assert losses_of(config.output) == pytest.approx(losses_of(undisturbed.output), rel=1e-4)
+    for (first, a), (then, b) in zip(windows_of(undisturbed.output), windows_of(config.output), strict=True):
+        assert first["weights_step"] == then["weights_step"]
+        assert a["labels"].to_pylist() == b["labels"].to_pylist()
+
+
+@pytest.mark.slow
+def test_a_killed_trainer(local_ray, tmp_path, inputs):
+    undisturbed = config_of(inputs, tmp_path / "plain", max_steps=8)
+    run_rounds(undisturbed)
+    config = config_of(inputs, tmp_path / "out", max_steps=8)
+    killed = []
+
+    def kill_the_trainer(line: dict) -> None:
+        if not killed and line["step"] >= 4:
+            victim = workers_of(psutil.Process(), "RayTrainWorker")[0]
+            killed.append(victim.pid)
+            victim.kill()
+
+    run_rounds(config, kill_the_trainer)
+    assert killed
+    assert losses_of(config.output) == pytest.approx(losses_of(undisturbed.output), rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused():
+    base = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"]}
+    for settings, match in (
+        ({"max_staleness": 10}, "values get up to 11 steps old"),
+        ({"max_staleness": 20, "overlap": True}, "values get up to 23 steps old"),
+        ({"validation": []}, "rounds need --validation"),
+        ({"plain_steps": 0}, "needs --plain-steps 1 or more"),
+        ({"lora_rank": 2}, "with --lora-rank give --preconditioner none"),
+        ({"optimizer": "sgd"}, "needs an AdamW optimizer"),
+        ({"objective": "dpo"}, "rounds train with --objective sft"),
+        ({"in_run": True}, "is an option of `alphatoken train`"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            RoundsConfig(**(base | settings))
+
+
+def test_the_schedule_is_the_trainer_s(inputs, tmp_path):
+    config = config_of(inputs, tmp_path, num_workers=2, gradient_accumulation=2, max_steps=None, epochs=2)
+    found = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30)))
+    assert (found.rows_per_forward, found.steps_per_epoch, found.total_steps) == (8, 2, 4)
