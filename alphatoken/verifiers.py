@@ -18,7 +18,7 @@ Verify = Callable[[str, str], float]
 
 
 def load_verifier(name: str, folder: str) -> Verify:
-    """folder: where modules are looked for, after the installed ones. Raises UserError where there is none of the name."""
+    """folder: where modules are looked for, after the installed ones. Raises UserError where it is not found."""
     if name in VERIFIERS:
         return _agreeing(VERIFIERS[name])
     return _math_verify() if name == "math" else _own(name, folder)

@@ -36,7 +36,7 @@ from alphatoken.readers import ROWS_PER_FILE
 from alphatoken.run_folder import RunFolder, row_id_runs
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
-from pipelines.cluster import connect, user_errors
+from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import row_name, unfinished
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids
 from pipelines.shards import total_counts
@@ -138,6 +138,7 @@ def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
 
 @ray.remote
 def model_fingerprint(model: str, trust_remote_code: bool) -> str:
+    prepare_worker(torch_threads())
     return fingerprint(load_model(model, "auto", torch.device("cpu"), trust_remote_code).model)
 
 
