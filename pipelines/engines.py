@@ -27,6 +27,7 @@ from pipelines.cluster import prepare_worker, torch_threads
 ERROR = "__inference_error__"  # ray.data.llm's own: rows that have one pass its stages untouched
 REQUESTS_PER_BATCH = 64
 CONCURRENT_BATCHES = 16  # together more than an engine runs at once, so it never waits for rows
+BATCHED_TOKENS = 4096  # of a vLLM step on CPUs, where whole prompts go in at once
 LOGICAL_CPUS = 8  # of a private Ray: the engine and the stages around it need a slot each
 
 REQUESTS = pa.schema(
@@ -126,6 +127,8 @@ def vllm_config(plan: EnginePlan) -> Any:
     }
     if not on_gpu:
         engine["enforce_eager"] = True  # compiling takes longer than it saves
+        # A prompt in pieces rewinds the request's random generator, which kills the engine: generators on CPUs cannot.
+        engine |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(plan.context, BATCHED_TOKENS)}
     low, high = options.replica_range
     bundle = {"CPU": options.cpus_per_replica} | ({"GPU": options.gpus_per_replica} if on_gpu else {})
     variables = {"VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gb), "VLLM_LOGGING_LEVEL": "WARNING"}
