@@ -16,6 +16,7 @@ Dtype = Literal["float32", "bfloat16"]
 EstimatorName = Literal["exact", "value_propagation", "loss", "entropy", "excess_loss", "random"]
 Scope = Literal["sequence", "dataset"]
 Normalization = Literal["token", "sequence"]
+Objective = Literal["sft", "dpo"]
 
 
 def check_parameters(value: str | None) -> str | None:
@@ -85,6 +86,10 @@ class DirectionShape(BaseModel):
     class_weights: dict[str, float] = Field(
         {}, description="weight of a token class in the validation loss, as class=weight: end-of-turn=0"
     )
+    validation_objective: Objective = Field(
+        "sft", description="sft: loss of validation responses; dpo: DPO loss of held-out preference pairs"
+    )
+    beta: float = Field(0.1, gt=0, description="dpo: strength of the tie to the reference, as in training")
     preconditioner: Literal["none", "adam"] = Field(
         "none", description="adam: divide by the root of the second moments of training gradients"
     )
@@ -108,18 +113,27 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     """The validation direction G."""
 
     validation: list[str] = Field(min_length=1, description="validation files of the target task")
+    reference_model: str | None = Field(None, description="dpo: the reference; default: --model itself")
     parameters: Parameters = "all-linear"
 
     _parameters = field_validator("parameters")(check_parameters)
+
+
+STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
 
 
 class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     """Adaptation and stability of every response token."""
 
     data: list[str] = Field(min_length=1, description="files to score: JSONL (.gz), Parquet, a datasets name or folder")
+    objective: Literal["auto", "sft", "dpo"] = Field(
+        "auto", description="sft: rows with responses; dpo: preference pairs; auto: by the columns of the first row"
+    )
     validation: list[str] = Field([], description="validation files of the target task; or give --direction")
     direction: str | None = Field(None, description="file that `alphatoken direction` wrote")
-    reference_model: str | None = Field(None, description="model before training: for stability and excess_loss")
+    reference_model: str | None = Field(
+        None, description="model before training: for stability, excess_loss and pairs (there default: --model itself)"
+    )
     fisher: str | None = Field(None, description="file that `alphatoken fisher` wrote")
     estimator: EstimatorName = "exact"
     method: Literal["auto", "forward", "central"] = Field(
@@ -144,8 +158,10 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
         if self.estimator in ("exact", "value_propagation"):
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
-            if bool(self.fisher) != bool(self.reference_model):
-                raise ValueError("stability needs both --fisher and --reference-model; without them leave both out")
+            if self.fisher and not self.reference_model:
+                raise ValueError(STABILITY_NEEDS)
+            if self.reference_model and not self.fisher and self.objective == "sft":
+                raise ValueError(STABILITY_NEEDS)
         if self.estimator == "excess_loss" and not self.reference_model:
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":
@@ -196,6 +212,9 @@ class DemoConfig(BaseModel):
     output: str = Field("runs/demo", description="folder for what the demo writes")
     rows: int = Field(48, ge=1, description="rows of the embedded data set to score and to train on")
     steps: int = Field(24, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
+    preference: bool = Field(
+        False, description="instead: sample responses, pair them, value and mask the pairs, and train by DPO"
+    )
     overwrite: bool = Field(False, description="start again instead of resuming")
 
 

@@ -2,6 +2,7 @@
 
     G = sum_v w_v grad l_v / sum_v w_v        normalization "token" (the paper, with w = 1)
     G = mean over rows of g / |g|, g = sum_v w_v grad l_v of the row        normalization "sequence"
+    G = mean over pairs of the gradient of their DPO loss        with weights by pair_direction.py
     D = F * (W - W_ref)                       Eq. 10
     preconditioner "adam": both are divided by sqrt(v) + eps, v the second moments of training gradients
 
@@ -12,6 +13,7 @@ which is the paper's mean over validation tokens (Eq. 8); the two differ in what
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -39,6 +41,15 @@ class GradientOptions:
     class_weights: torch.Tensor | None = None  # V float32: weight of each token id in the validation loss
 
 
+class TokenWeights(Protocol):
+    """How much the loss of each token counts; without one, all count alike."""
+
+    rows_per_example: int  # rows of a batch that are one validation example
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """(weights N, what their gradient is divided by)."""
+
+
 @dataclass(frozen=True)
 class MeanGradient:
     """A direction and what stands behind it."""
@@ -49,8 +60,10 @@ class MeanGradient:
     weight: float  # what `tensors` was divided by: parts of the rows combine by it
 
 
-def mean_gradient(scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions) -> MeanGradient:
-    """The direction of `batches` (one row per batch where normalization is "sequence").
+def mean_gradient(
+    scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions, weigh: TokenWeights | None = None
+) -> MeanGradient:
+    """The direction of `batches` (one example per batch where normalization is "sequence").
 
     Raises:
         UserError: no validation token has weight, or `positions` does not fit `parameters`.
@@ -59,17 +72,18 @@ def mean_gradient(scoring: ScoringModel, batches: Iterable[Batch], options: Grad
         raise UserError("--positions response is defined for linear weights; use last-layers:K or all-linear")
     total: Tensors = {}
     weight_sum, num_rows, num_tokens = 0.0, 0, 0
+    rows_per_example = weigh.rows_per_example if weigh else 1
     for batch in batches:
-        gradient, weight = batch_gradient(scoring, batch, options)
+        gradient, weight = batch_gradient(scoring, batch, options, weigh)
         if options.normalization == "sequence":
-            assert batch.input_ids.shape[0] == 1, "per-sequence normalisation needs one row per batch"
+            assert batch.input_ids.shape[0] == rows_per_example, "per-sequence normalisation needs one row per batch"
             length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
             usable = bool(weight) and bool(length)
             gradient = {name: g / length if usable else torch.zeros_like(g) for name, g in gradient.items()}
             weight = float(usable)
         add_into(total, gradient)
         weight_sum += weight
-        num_rows += batch.input_ids.shape[0]
+        num_rows += batch.input_ids.shape[0] // rows_per_example
         num_tokens += batch.num_response_tokens
     if not num_rows:
         raise UserError("no validation row could be used, so there is no direction; check --validation")
@@ -79,13 +93,18 @@ def mean_gradient(scoring: ScoringModel, batches: Iterable[Batch], options: Grad
     return MeanGradient(mean, num_rows, num_tokens, weight_sum)
 
 
-def batch_gradient(scoring: ScoringModel, batch: Batch, options: GradientOptions) -> tuple[Tensors, float]:
-    """(gradient of the weighted sum of losses by parameter name, sum of the weights)."""
+def batch_gradient(
+    scoring: ScoringModel, batch: Batch, options: GradientOptions, weigh: TokenWeights | None = None
+) -> tuple[Tensors, float]:
+    """(gradient of the weighted sum of losses by parameter name, sum of the weights; with `weigh` what that says)."""
     weights = None
     weight_sum = float(batch.num_response_tokens)
     if options.class_weights is not None:
         weights = options.class_weights.to(batch.input_ids.device)[batch.targets]
         weight_sum = float(weights.sum())
+    if weigh is not None:
+        own, weight_sum = weigh(batch)
+        weights = own if weights is None else own * weights
     if options.parameters == "all":
         return _gradient_of_all(scoring, batch, weights), weight_sum
     linears = scored_linears(scoring.model, options.parameters)
@@ -140,13 +159,15 @@ def _gradient_of_all(scoring: ScoringModel, batch: Batch, weights: torch.Tensor 
     return result
 
 
-def second_moments(scoring: ScoringModel, batches: Iterable[Batch], parameters: str) -> Tensors:
+def second_moments(
+    scoring: ScoringModel, batches: Iterable[Batch], parameters: str, weigh: TokenWeights | None = None
+) -> Tensors:
     """Mean over training batches of the squared gradient of the batch's mean loss: what AdamW's v averages."""
     total: Tensors = {}
     count = 0
     options = GradientOptions(parameters=parameters)
     for batch in batches:
-        gradient, weight = batch_gradient(scoring, batch, options)
+        gradient, weight = batch_gradient(scoring, batch, options, weigh)
         add_into(total, {name: (g / max(weight, 1.0)).square() for name, g in gradient.items()})
         count += 1
     if not count:

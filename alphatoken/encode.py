@@ -79,6 +79,19 @@ class Encoder:
         _check_mask(mask)
         return self._fit(input_ids, mask)
 
+    def encode_completion(self, row: dict) -> tuple[list[int], list[bool]]:
+        """A row of prompt and completion, however long: (input_ids, response_mask). Raises as `encode` does."""
+        input_ids, mask = self._encode_prompt_completion(row)
+        _check_ids(input_ids, self.vocab_size)
+        _check_mask(mask)
+        return input_ids, mask
+
+    def token_ids(self, row: dict, column: str) -> list[int]:
+        """A column that holds token ids already. Raises BadRowError where they are none of the vocabulary."""
+        ids = _integers(row, column)
+        _check_ids(ids, self.vocab_size)
+        return ids
+
     @cached_property
     def _chat(self) -> ChatRenderer:
         return ChatRenderer(self.tokenizer)

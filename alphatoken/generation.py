@@ -3,7 +3,7 @@
 B prompts, T positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,18 +20,13 @@ def generate(
 
     seed: sample from the model's own distribution (temperature 1, nothing cut off); None: the likeliest tokens.
     """
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # BT, padded on the left: responses begin together
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) :] = torch.tensor(prompt)
-        mask[b, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts)
     sampling = (
         {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     )
     if seed is not None:
         torch.manual_seed(seed)
-    with _plain_settings(scoring):
+    with plain_settings(scoring):
         generated = scoring.model.generate(
             input_ids=ids.to(scoring.device),
             attention_mask=mask.to(scoring.device),
@@ -40,11 +35,22 @@ def generate(
             pad_token_id=min(end_ids, default=0),
             **sampling,
         )
-    return [until_end(answer, end_ids) for answer in generated[:, width:].tolist()]
+    return [until_end(answer, end_ids) for answer in generated[:, ids.shape[1] :].tolist()]
+
+
+def left_padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids BT, attention mask BT), padded on the left: responses begin together."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = torch.tensor(prompt)
+        mask[b, width - len(prompt) :] = 1
+    return ids, mask
 
 
 @contextmanager
-def _plain_settings(scoring: ScoringModel) -> Iterator[None]:
+def plain_settings(scoring: ScoringModel) -> Iterator[None]:
     """Without the checkpoint's own generation settings (penalties, minimum lengths): no part of the weights."""
     model = scoring.model
     settings = model.generation_config

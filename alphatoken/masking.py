@@ -73,7 +73,7 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
         "response_tokens": len(keep),
         "kept_tokens": int(keep.sum()),
     }
-    return MaskedShard(rows, _quarantine_table(table, states, plan, source), counts)
+    return MaskedShard(rows, quarantine_table(table, states, plan, source), counts)
 
 
 def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
@@ -177,9 +177,9 @@ def _protected(token_ids: np.ndarray, plan: MaskPlan) -> np.ndarray | None:
 
 def _values(table: pa.Table, plan: MaskPlan, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(offsets (R + 1,), values (P,), response_mask (P,)); UserError where the columns' lengths differ."""
-    offsets = _offsets(table, "response_mask")
+    offsets = offsets_of(table, "response_mask")
     for name in TOKEN_COLUMNS:
-        if name in table.column_names and not np.array_equal(_offsets(table, name), offsets):
+        if name in table.column_names and not np.array_equal(offsets_of(table, name), offsets):
             raise UserError(f"{source}: {name} and response_mask differ in length; write the folder again with score")
     response_mask = flat(table, "response_mask")
     adaptation, stability = flat(table, "adaptation"), flat(table, "stability")
@@ -191,7 +191,7 @@ def _row_digits(table: pa.Table, means: np.ndarray) -> list[np.ndarray]:
     return selection.float_digits(means) + selection.id_digits(table["row_id"].to_numpy())
 
 
-def _quarantine_table(table: pa.Table, states: np.ndarray, plan: MaskPlan, source: str) -> pa.Table:
+def quarantine_table(table: pa.Table, states: np.ndarray, plan: MaskPlan, source: str) -> pa.Table:
     positions = np.flatnonzero(states != STAYS)
     means = row_means(table, plan)[positions]
     reasons = {
@@ -210,7 +210,7 @@ def _quarantine_table(table: pa.Table, states: np.ndarray, plan: MaskPlan, sourc
     return pa.table(columns, schema=schema.QUARANTINE)
 
 
-def _offsets(table: pa.Table, name: str) -> np.ndarray:
+def offsets_of(table: pa.Table, name: str) -> np.ndarray:
     """Offsets of a list column, int64 (R + 1,), beginning with 0."""
     if not table.num_rows:
         return np.zeros(1, dtype=np.int64)

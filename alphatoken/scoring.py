@@ -1,7 +1,7 @@
 """A table of encoded rows to a table of scored rows, and the estimator that a configuration asks for."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,11 +90,15 @@ def score_columns(
     batch_tokens: int,
     device: torch.device,
     terms: bool = False,
+    more: Sequence[str] = (),
 ) -> ScoredColumns:
-    """Value every response token of the given rows, in batches of rows of similar length."""
+    """Value every response token of the given rows, in batches of rows of similar length.
+
+    more: names in the estimator's terms that become columns too.
+    """
     lengths = [len(row) for row in input_ids]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    names = ["adaptation", "stability", "logprobs", *(schema.TERMS if terms else ())]
+    names = ["adaptation", "stability", "logprobs", *(schema.TERMS if terms else ()), *more]
     flat = {name: np.zeros(starts[-1], dtype=np.float32) for name in names}
     failures: dict[int, str] = {}
     computed = 0
@@ -128,13 +132,11 @@ def score_table(
 
     Returns (table, {row index: reason} of rows to quarantine, computed positions with padding).
     """
-    ids = _lists(table["input_ids"])
-    masks = _lists(table["response_mask"])
+    ids = lists(table["input_ids"])
+    masks = lists(table["response_mask"])
     scored = score_columns(ids, masks, table["row_id"].to_pylist(), estimator, batch_tokens, device, terms)
-    offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int32))
-    added: dict[str, pa.Array] = {
-        name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in scored.flat.items()
-    }
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    added: dict[str, pa.Array] = {name: list_column(values, lengths) for name, values in scored.flat.items()}
     added |= _row_means(scored.flat, masks)
     extra = [name for name in table.column_names if name not in schema.ENCODED.names]
     columns = [(f.name, table[f.name]) for f in schema.ENCODED]
@@ -161,7 +163,14 @@ def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str
     }
 
 
-def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Flat values to a list column with rows of these lengths."""
+    return pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), pa.array(values)
+    )
+
+
+def lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     """A list column as one numpy array per row."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):

@@ -34,7 +34,7 @@ def bare_loop(config: ScoreConfig) -> None:
     from alphatoken.sources import plan_units, read_unit
     from alphatoken.storage import write_table
     from pipelines.direction import make_direction
-    from pipelines.encode import EncodePlan, encode_row, make_encoder
+    from pipelines.encode import EncodePlan, encode_row, make_encoder, row_columns
     from pipelines.score import shard_tokens
 
     scoring = load_model(config.model)
@@ -45,7 +45,7 @@ def bare_loop(config: ScoreConfig) -> None:
     schema = EncodePlan(config.model, False, config).arrow_schema
     units = plan_units(config.data)
     limit, block, tokens = shard_tokens(config, units), [], 0
-    records = [encode_row(row, encoder) for unit in units for row in read_unit(unit)]
+    records = [encode_row(row, row_columns(encoder)) for unit in units for row in read_unit(unit)]
     for number, record in enumerate(records):
         block.append(record)
         tokens += len(record["input_ids"])

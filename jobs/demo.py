@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(config: DemoConfig) -> dict:
     """Score a part of the embedded data and mask it, then train on it in rounds and plainly; returns what came out."""
+    if config.preference:
+        from jobs.demo_preference import run_preference
+
+        return run_preference(config, _say)
     from jobs.score import score_with_progress
     from jobs.show import read_rows
     from pipelines.mask import run_mask
@@ -100,6 +104,10 @@ def _say(text: str) -> None:
 
 
 def _show(config: DemoConfig, result: dict) -> None:
+    if config.preference:
+        from jobs.demo_preference import show_preference
+
+        return show_preference(result)
     from rich.console import Console
 
     from jobs.show import print_rows

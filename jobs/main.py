@@ -12,6 +12,8 @@ if __name__ == "__main__":  # `python jobs/main.py` puts jobs/ first on the path
 COMMANDS = {
     "fisher": ("jobs.fisher", "diagonal Fisher of the reference model: what stability is measured with"),
     "direction": ("jobs.direction", "validation direction: where training should go"),
+    "generate": ("jobs.generate", "fresh responses to prompts, sampled from the model to be trained"),
+    "pair": ("jobs.pair", "preference pairs from sampled responses, by a judge"),
     "score": ("jobs.score", "adaptation and stability of every response token"),
     "mask": ("jobs.mask", "choose which scored tokens are trained on"),
     "train": ("jobs.train", "SFT or DPO on the tokens that were kept, or in-run on any data"),

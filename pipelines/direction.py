@@ -1,7 +1,7 @@
 """The validation direction, computed once where the accelerators are, before the scoring actors start."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 
@@ -13,10 +13,13 @@ from alphatoken import direction as directions
 from alphatoken import tensor_file, token_classes
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import DirectionConfig, ScoreConfig
-from alphatoken.encode import Encoder, check_source
+from alphatoken.encode import Encoded, Encoder, check_source
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
-from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.pair_direction import PairWeights, pair_batch
+from alphatoken.pair_encode import EncodedPair, PairEncoder, check_pair_source, is_pair
+from alphatoken.pair_scoring import check_same_vocabulary
+from alphatoken.sources import column_names, data_fingerprint, plan_units
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import good_rows, make_encoder
@@ -29,12 +32,20 @@ MAX_REASONS = 3
 
 def run_direction(config: DirectionConfig) -> dict:
     """Compute and save the direction; returns its provenance as a dictionary."""
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    check_source(plan_units(config.validation), config, tokenizer)
+    check_validation(config)
     token_classes.check_class_names(config.class_weights)
     connect()
     with user_errors():
         return ray.get(_direction_task.options(**one_accelerator()).remote(config, torch_threads()))
+
+
+def check_validation(config: ScoreConfig | DirectionConfig) -> None:
+    """Whether the validation files have rows, or pairs, that can be used. Raises UserError."""
+    units = plan_units(config.validation)
+    if config.validation_objective == "dpo":
+        check_pair_source(units, config)
+    else:
+        check_source(units, config, load_tokenizer(config.model, config.trust_remote_code))
 
 
 def one_accelerator() -> dict:
@@ -46,27 +57,47 @@ def one_accelerator() -> dict:
 def _direction_task(config: DirectionConfig, threads: int) -> dict:
     prepare_worker(threads)
     scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
-    return make_direction(scoring, config, config.parameters, config.positions or "all", config.output)
+    reference = load_reference(config, scoring)
+    return make_direction(scoring, config, config.parameters, config.positions or "all", config.output, reference)
+
+
+def load_reference(config: ScoreConfig | DirectionConfig, scoring: ScoringModel) -> ScoringModel | None:
+    """The reference of pairs; None where it is the model itself, of which every log-ratio is zero."""
+    if config.reference_model is None or config.reference_model == config.model:
+        return None
+    reference = load_model(config.reference_model, config.dtype, scoring.device, config.trust_remote_code)
+    check_same_vocabulary(scoring, reference, config.reference_model)
+    return None if fingerprint(reference.model) == fingerprint(scoring.model) else reference
 
 
 def make_direction(
-    scoring: ScoringModel, config: ScoreConfig | DirectionConfig, parameters: str, positions: str, path: str
+    scoring: ScoringModel,
+    config: ScoreConfig | DirectionConfig,
+    parameters: str,
+    positions: str,
+    path: str,
+    reference: ScoringModel | None = None,
+    data_pairs: bool = False,
 ) -> dict:
-    """Compute the direction from `config.validation` and save it at `path`; returns its provenance."""
+    """Compute the direction from `config.validation` and save it at `path`; returns its provenance.
+
+    reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs.
+    """
     encoder = make_encoder(config.model, config, config.trust_remote_code)
     weights = None
     if config.class_weights:
         weights = class_weight_table(config.class_weights, config.model, encoder).to(scoring.device)
     options = directions.GradientOptions(parameters, config.normalization, positions, weights)
     refused: list[str] = []
-    one_by_one = config.normalization == "sequence"
-    batches = _validation_batches(config.validation, encoder, scoring.device, config.batch_tokens, one_by_one, refused)
+    pairs = PairWeights(scoring, reference, config.beta)
+    weigh = pairs if config.validation_objective == "dpo" else None
+    batches = (batch.to(scoring.device) for batch in _validation_batches(config, encoder, refused))
     try:
-        found = directions.mean_gradient(scoring, batches, options)
+        found = directions.mean_gradient(scoring, batches, options, weigh)
     except UserError as error:
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", found.num_rows, refused)
-    scale = _adam_scale(scoring, encoder, config, parameters)
+    scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
     tensors = {
         f"direction/{name}": (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()
     }
@@ -93,7 +124,11 @@ def class_weight_table(weights: dict[str, float], model: str, encoder: Encoder) 
 
 
 def _adam_scale(
-    scoring: ScoringModel, encoder: Encoder, config: ScoreConfig | DirectionConfig, parameters: str
+    scoring: ScoringModel,
+    encoder: Encoder,
+    config: ScoreConfig | DirectionConfig,
+    parameters: str,
+    weigh: PairWeights | None,
 ) -> directions.Tensors:
     """The AdamW preconditioner from a short run over training data; empty without one."""
     if config.preconditioner == "none":
@@ -101,31 +136,51 @@ def _adam_scale(
     files = config.preconditioner_data or getattr(config, "data", [])
     if not files:
         raise UserError("--preconditioner adam needs --preconditioner-data FILES: training rows for its moments")
-    rows = good_rows(plan_units(files), encoder, [])
+    units = plan_units(files)
+    if weigh is None and is_pair(column_names(units[0]), config.columns):  # --preconditioner-data of `direction`
+        weigh = PairWeights(scoring, load_reference(config, scoring), config.beta)
+    rows = good_rows(units, encoder if weigh is None else PairEncoder(encoder), [])
     batches = []
     while len(batches) < config.preconditioner_batches:
         part = [encoded for _, encoded in islice(rows, config.preconditioner_rows)]
         if not part:
             break
-        batches.append(make_batch([e.input_ids for e in part], [e.response_mask for e in part]))
+        batches.append(_batch(part))
     moved = (batch.to(scoring.device) for batch in batches)
-    return directions.adam_scale(directions.second_moments(scoring, moved, parameters))
+    return directions.adam_scale(directions.second_moments(scoring, moved, parameters, weigh))
 
 
-def _validation_batches(
-    files: list[str], encoder: Encoder, device: torch.device, batch_tokens: int, one_by_one: bool, refused: list[str]
-) -> Iterator[Batch]:
-    rows = good_rows(plan_units(files), encoder, refused)
+def _validation_batches(config: ScoreConfig | DirectionConfig, encoder: Encoder, refused: list[str]) -> Iterator[Batch]:
+    pairs = config.validation_objective == "dpo"
+    rows = good_rows(plan_units(config.validation), PairEncoder(encoder) if pairs else encoder, refused)
     while part := [encoded for _, encoded in islice(rows, ROWS_IN_MEMORY)]:
-        lengths = [len(encoded.input_ids) for encoded in part]
-        for group in [[i] for i in range(len(part))] if one_by_one else plan_batches(lengths, batch_tokens):
-            yield make_batch([part[i].input_ids for i in group], [part[i].response_mask for i in group]).to(device)
+        if config.normalization == "sequence":
+            groups: Iterable[list[int]] = ([i] for i in range(len(part)))
+        else:
+            groups = plan_batches([_computed(encoded) for encoded in part], config.batch_tokens)
+        yield from (_batch([part[i] for i in group]) for group in groups)
+
+
+def _computed(encoded: Encoded | EncodedPair) -> int:
+    """Positions that an example takes in a batch of its own."""
+    if isinstance(encoded, EncodedPair):
+        return 2 * (len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids)))
+    return len(encoded.input_ids)
+
+
+def _batch(part: list) -> Batch:
+    """Encoded rows, or encoded pairs, as one batch."""
+    if isinstance(part[0], EncodedPair):
+        return pair_batch(part)
+    return make_batch([e.input_ids for e in part], [e.response_mask for e in part])
 
 
 def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) -> dict:
     """The settings that a direction depends on, as JSON."""
     names = ("normalization", "class_weights", "preconditioner", "columns", "max_length", "too_long")
     settings = {name: getattr(config, name) for name in names} | {"positions": positions}
+    if config.validation_objective == "dpo":
+        settings |= {name: getattr(config, name) for name in ("validation_objective", "beta", "reference_model")}
     if config.preconditioner != "none":
         more = ("preconditioner_data", "preconditioner_batches", "preconditioner_rows")
         settings |= {name: getattr(config, name) for name in more}

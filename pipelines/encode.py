@@ -4,8 +4,9 @@ A row that cannot be used travels on as a row with a `reason`, so that every row
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from alphatoken import schema
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.errors import BadRowError
+from alphatoken.pair_encode import EncodedPair, PairEncoder
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 
@@ -36,11 +38,12 @@ class EncodePlan:
     options: DataOptions
     keep_columns: tuple[str, ...] = ()
     finished: tuple[tuple[int, int], ...] = ()  # runs of row ids that an earlier attempt has committed
+    pairs: bool = False  # preference pairs instead of rows with responses
 
     @property
     def arrow_schema(self) -> pa.Schema:
         kept = [pa.field(name, pa.string()) for name in self.keep_columns]
-        return pa.schema([*schema.ENCODED, *kept, *ORIGIN])
+        return pa.schema([*(schema.ENCODED_PAIRS if self.pairs else schema.ENCODED), *kept, *ORIGIN])
 
 
 def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
@@ -62,11 +65,12 @@ def encoded_dataset(units: list[ReadUnit], plan: EncodePlan, block_bytes: int) -
 def encode_units(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: EncodePlan) -> Iterator[pa.Table]:
     """The Ray Data stage."""
     encoder = make_encoder(plan.model, plan.options, plan.trust_remote_code)
+    encode = pair_columns(PairEncoder(encoder)) if plan.pairs else row_columns(encoder)
     for index in batch["unit"]:
-        rows = _unfinished(read_unit(units[int(index)]), plan.finished)
+        rows = unfinished(read_unit(units[int(index)]), plan.finished)
         records: list[dict] = []
         for row in rows:
-            records.append(encode_row(row, encoder, plan.keep_columns))
+            records.append(encode_row(row, encode, plan.keep_columns))
             if len(records) == ROWS_PER_TABLE:
                 yield pa.Table.from_pylist(records, schema=plan.arrow_schema)
                 records = []
@@ -74,7 +78,23 @@ def encode_units(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Enco
             yield pa.Table.from_pylist(records, schema=plan.arrow_schema)
 
 
-def encode_row(row: SourceRow, encoder: Encoder, keep_columns: Iterable[str] = ()) -> dict:
+@dataclass(frozen=True)
+class RowColumns:
+    """How the data of a row becomes columns, and those columns of a row without usable data."""
+
+    encode: Callable[[dict], Any]  # to a dataclass with the columns as fields
+    empty: dict[str, Any]
+
+
+def row_columns(encoder: Encoder) -> RowColumns:
+    return RowColumns(encoder.encode, vars(Encoded([], [], False)))
+
+
+def pair_columns(encoder: PairEncoder) -> RowColumns:
+    return RowColumns(encoder.encode, vars(EncodedPair([], [], [], False)))
+
+
+def encode_row(row: SourceRow, columns: RowColumns, keep_columns: Iterable[str] = ()) -> dict:
     """One record of the stream; `reason` says why a row is unusable."""
     record = {
         "row_id": row.row_id,
@@ -82,22 +102,15 @@ def encode_row(row: SourceRow, encoder: Encoder, keep_columns: Iterable[str] = (
         "source": row.source,
         "position": row.position,
         "reason": row.error,
-        "input_ids": [],
-        "response_mask": [],
-        "truncated": False,
+        **columns.empty,
     }
     if row.data is None:
         return record
     record |= {name: _as_text(row.data.get(name)) for name in keep_columns}
     try:
-        encoded = encoder.encode(row.data)
+        return record | vars(columns.encode(row.data))
     except BadRowError as error:
         return record | {"reason": str(error)}
-    return record | {
-        "input_ids": encoded.input_ids,
-        "response_mask": encoded.response_mask,
-        "truncated": encoded.truncated,
-    }
 
 
 def row_name(row: SourceRow) -> str:
@@ -106,8 +119,8 @@ def row_name(row: SourceRow) -> str:
     return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
 
 
-def good_rows(units: list[ReadUnit], encoder: Encoder, refused: list[str]) -> Iterator[tuple[int, Encoded]]:
-    """(row id, encoded row) of the usable rows; the others' places and reasons are added to `refused`."""
+def good_rows(units: list[ReadUnit], encoder: Encoder | PairEncoder, refused: list[str]) -> Iterator[tuple[int, Any]]:
+    """(row id, encoded row or pair) of the usable rows; the others' places and reasons are added to `refused`."""
     for unit in units:
         for row in read_unit(unit):
             try:
@@ -118,7 +131,7 @@ def good_rows(units: list[ReadUnit], encoder: Encoder, refused: list[str]) -> It
                 refused.append(f"{row.source}, row {row.position}: {error}")
 
 
-def _unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:
+def unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:
     firsts = np.array([first for first, _ in finished], dtype=np.int64)
     lasts = np.array([last for _, last in finished], dtype=np.int64)
     for row in rows:

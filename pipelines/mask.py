@@ -17,10 +17,11 @@ import ray
 import ray.data
 
 from alphatoken import manifest as manifests
-from alphatoken import masking, selection, storage
+from alphatoken import masking, schema, selection, storage
 from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan
+from alphatoken.pair_masking import Thresholds, mask_pair_table, pair_value_columns, pair_value_digits
 from alphatoken.run_folder import RunFolder, row_id_runs
 from pipelines.cluster import connect, user_errors
 
@@ -47,6 +48,9 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         raise UserError(f"--output {config.output} is the input folder; give another one")
     scored = _scored_manifest(source)
     shards = storage.list_shards(source)
+    pairs = bool(scored.get("pairs"))
+    if pairs and config.weights:
+        raise UserError("--weights is for rows of SFT: DPO training knows no soft weights")
     plan = _plan(config, source)
     fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
     logger.warning(STALE_WARNING)
@@ -57,8 +61,9 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         return folder.manifest()
     connect()
     with user_errors():
-        plan = _with_thresholds(plan, shards, config)
-        _mask_shards(shards, plan, folder, progress)
+        plan = _with_dropped_rows(plan, shards, config)
+        thresholds = _thresholds(plan, shards, config, pairs)
+        _mask_shards(shards, plan, thresholds, folder, progress)
     _copy_token_classes(source, target)
     counts = _counts(folder)
     result = manifests.build_manifest(
@@ -69,7 +74,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         time.monotonic() - started,
         extra={
             # An infinite threshold stands for 'no token to choose from', and is not JSON.
-            "threshold": plan.threshold if plan.threshold is not None and np.isfinite(plan.threshold) else None,
+            "threshold": _finite(thresholds, pairs),
+            "pairs": pairs,
             "scored": {name: scored[name] for name in ("created", "counts", "config", "fingerprints")},
         },
     )
@@ -109,26 +115,45 @@ def _plan(config: MaskConfig, source: str) -> MaskPlan:
     return replace(plan, class_of_token=class_of_token, protected_classes=numbers)
 
 
-def _with_thresholds(plan: MaskPlan, shards: list[str], config: MaskConfig) -> MaskPlan:
-    """The plan with what takes passes over all shards: the rows to drop, then the data set's threshold."""
-    if config.drop_sequences:
-        fraction = config.drop_sequences
-        drop_up_to = selection.select_key(
-            partial(_count_all, shards, _droppable_digits, plan),
-            num_digits=6,
-            rank_of=lambda rows: int(fraction * rows + 1e-9),
-            whole=False,
-        )
-        plan = replace(plan, drop_up_to=drop_up_to)
-    if config.scope == "dataset":
+ROWS = "rows"  # the threshold's name where rows are not pairs; there each branch has one
+
+
+def _with_dropped_rows(plan: MaskPlan, shards: list[str], config: MaskConfig) -> MaskPlan:
+    """The plan with the rows to drop, which takes passes over all shards."""
+    if not config.drop_sequences:
+        return plan
+    fraction = config.drop_sequences
+    drop_up_to = selection.select_key(
+        partial(_count_all, shards, _droppable_digits, plan),
+        num_digits=6,
+        rank_of=lambda rows: int(fraction * rows + 1e-9),
+        whole=False,
+    )
+    return replace(plan, drop_up_to=drop_up_to)
+
+
+def _thresholds(plan: MaskPlan, shards: list[str], config: MaskConfig, pairs: bool) -> Thresholds:
+    """The data set's thresholds, by branch for pairs; empty where each response has its own. Passes over all shards."""
+    if config.scope != "dataset":
+        return {}
+    branches = {branch: partial(_pair_digits, branch) for branch in schema.BRANCHES}
+    digits_of = branches if pairs else {ROWS: _value_digits}
+    found = {}
+    for name, digits in digits_of.items():
         key = selection.select_key(
-            partial(_count_all, shards, _value_digits, plan),
+            partial(_count_all, shards, digits, plan),
             num_digits=2,
             rank_of=lambda tokens: tokens and tokens - int(selection.keep_count(plan.keep_fraction, tokens)) + 1,
         )
         # No key: there is no token to choose from (all protected, or no row left).
-        plan = replace(plan, threshold=selection.digits_to_float(*key) if key else np.inf)
-    return plan
+        found[name] = selection.digits_to_float(*key) if key else np.inf
+    return found
+
+
+def _finite(thresholds: Thresholds, pairs: bool) -> Any:
+    """The thresholds as JSON: of rows a number, of pairs by branch."""
+    finite = {name: value if np.isfinite(value) else None for name, value in thresholds.items()}
+    return (finite or None) if pairs else finite.get(ROWS)
 
 
 def _droppable_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
@@ -137,6 +162,10 @@ def _droppable_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
 
 def _value_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
     return masking.value_digits(storage.read_table(shard, masking.value_columns(plan)), plan, shard)
+
+
+def _pair_digits(branch: str, shard: str, plan: MaskPlan) -> list[np.ndarray]:
+    return pair_value_digits(storage.read_table(shard, pair_value_columns()), plan, branch, shard)
 
 
 def _count_all(shards: list[str], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]) -> np.ndarray:
@@ -161,7 +190,9 @@ def _count_shards(
     return {"histogram": total}
 
 
-def _mask_shards(shards: list[str], plan: MaskPlan, folder: RunFolder, progress: Progress | None) -> None:
+def _mask_shards(
+    shards: list[str], plan: MaskPlan, thresholds: Thresholds, folder: RunFolder, progress: Progress | None
+) -> None:
     """Mask what is not yet committed, one Ray task per shard."""
     done = {record["shard"] for record in folder.commits()}
     todo = [shard for shard in shards if storage.name_of(shard) not in done]
@@ -170,17 +201,20 @@ def _mask_shards(shards: list[str], plan: MaskPlan, folder: RunFolder, progress:
     if not todo:
         return
     rows = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
-    masked = rows.map(_mask_shard, fn_kwargs={"plan": plan, "output": folder.uri})
+    masked = rows.map(_mask_shard, fn_kwargs={"plan": plan, "thresholds": thresholds, "output": folder.uri})
     for number, _ in enumerate(masked.iter_rows(), start=len(done) + 1):
         if progress:
             progress(number, len(shards))
 
 
-def _mask_shard(row: dict[str, Any], plan: MaskPlan, output: str) -> dict[str, Any]:
+def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, output: str) -> dict[str, Any]:
     """Read, mask and write one shard; only its name goes back to the driver."""
     started = time.monotonic()
     table = storage.read_table(row["shard"])
-    result = masking.mask_table(table, plan, row["shard"])
+    if "chosen_ids" in table.column_names:
+        result = mask_pair_table(table, plan, thresholds, row["shard"])
+    else:
+        result = masking.mask_table(table, replace(plan, threshold=thresholds.get(ROWS)), row["shard"])
     name = storage.name_of(row["shard"])
     record = {
         "first_row_id": int(name.removeprefix("train-").removesuffix(".parquet")),

@@ -3,7 +3,8 @@
     files -> encode_units (CPU tasks) -> Scorer (actors, model loaded once) -> write_block (CPU tasks) -> commit records
 
 Every block is a run of consecutive rows and becomes one shard with a commit record; a run that was cut off starts
-again with the rows that no record names. The driver sees counts only.
+again with the rows that no record names. The driver sees counts only. A preference pair is one row all the way; the
+actor scores its branches and, in the same pass, the reference's log-probabilities of both.
 """
 
 import logging
@@ -21,16 +22,18 @@ import torch
 
 from alphatoken import manifest as manifests
 from alphatoken import storage, tensor_file, token_classes
-from alphatoken.config import DataOptions, ScoreConfig
+from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.model import default_device, fingerprint, load_model
+from alphatoken.pair_encode import check_pair_source, is_pair
+from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
-from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
+from alphatoken.sources import ReadUnit, column_names, data_fingerprint, plan_units
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction import direction_identity, make_direction
+from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
 from pipelines.encode import EncodePlan, encoded_dataset
 from pipelines.shards import COST, total_counts, write_block
 
@@ -52,32 +55,46 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
     """
     started = time.monotonic()
     units = plan_units(config.data)
-    parameters = _check_inputs(config, units)
+    pairs = is_pair_data(config, units)
+    parameters = _check_inputs(config, units, pairs)
     folder = RunFolder(storage.absolute(config.output))
     connect()
     with user_errors():
-        prepared = _prepare(config, parameters, folder)
+        prepared = _prepare(config, parameters, pairs, folder)
         if prepared.state == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
         _write_token_classes(config, folder)
-        _score_units(units, config, prepared.direction_path, folder, progress)
+        _score_units(units, config, pairs, prepared.direction_path, folder, progress)
     counts = total_counts(folder)
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
-        extra={"parameters": parameters},
+        extra={"parameters": parameters, "pairs": pairs},
     )  # fmt: skip
     columns = storage.read_schema(storage.list_shards(folder.uri)[0])
     folder.finish(manifest, manifests.data_card("score", manifest, columns))
     return manifest
 
 
-def _check_inputs(config: ScoreConfig, units: list[ReadUnit]) -> str | None:
+def is_pair_data(config: ScoreConfig, units: list[ReadUnit]) -> bool:
+    """Whether the rows are preference pairs: as the user says, else by the first row."""
+    if config.objective != "auto":
+        return config.objective == "dpo"
+    return is_pair(column_names(units[0]), config.columns)
+
+
+def _check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:
     """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    check_source(units, config, tokenizer)
+    if pairs:
+        check_pair_source(units, config)
+    else:
+        check_source(units, config, tokenizer)
+        uses_reference = config.estimator == "excess_loss" or config.validation_objective == "dpo"
+        if config.reference_model and not config.fisher and not uses_reference:
+            raise UserError(STABILITY_NEEDS)
     if config.validation:
-        check_source(plan_units(config.validation), config, tokenizer)
+        check_validation(config)
     token_classes.check_class_names(config.class_weights)
     if config.estimator not in ("exact", "value_propagation"):
         return None
@@ -98,14 +115,14 @@ class _Prepared:
     direction_path: str | None
 
 
-def _prepare(config: ScoreConfig, parameters: str | None, folder: RunFolder) -> _Prepared:
+def _prepare(config: ScoreConfig, parameters: str | None, pairs: bool, folder: RunFolder) -> _Prepared:
     """Identify the checkpoint, open the output folder for this run and make the direction if none was given."""
     resources = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
-    return ray.get(_prepare_task.options(**resources).remote(config, parameters, folder.uri, torch_threads()))
+    return ray.get(_prepare_task.options(**resources).remote(config, parameters, pairs, folder.uri, torch_threads()))
 
 
 @ray.remote
-def _prepare_task(config: ScoreConfig, parameters: str | None, output: str, threads: int) -> _Prepared:
+def _prepare_task(config: ScoreConfig, parameters: str | None, pairs: bool, output: str, threads: int) -> _Prepared:
     prepare_worker(threads)
     device = default_device() if config.gpus_per_actor else torch.device("cpu")
     scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
@@ -118,6 +135,9 @@ def _prepare_task(config: ScoreConfig, parameters: str | None, output: str, thre
         "fisher": _file_identity(config.fisher, "fisher"),
         "direction_settings": direction_identity(config, positions),
     }
+    reference = load_reference(config, scoring) if pairs or config.validation_objective == "dpo" else None
+    if pairs:  # whose log-probabilities the rows will carry
+        fingerprints["reference_model"] = fingerprint(reference.model) if reference else fingerprints["model"]
     if config.direction:
         provenance = tensor_file.read_provenance(config.direction, "direction")
         tensor_file.check_matches(provenance, config.direction, fingerprints["model"], parameters)
@@ -128,7 +148,7 @@ def _prepare_task(config: ScoreConfig, parameters: str | None, output: str, thre
     if state != "finished" and config.validation and parameters:
         path = storage.join(output, "direction.safetensors")
         if not storage.exists(path):
-            make_direction(scoring, config, parameters, positions, path)
+            make_direction(scoring, config, parameters, positions, path, reference, pairs)
     return _Prepared(state, fingerprints, path)
 
 
@@ -145,17 +165,22 @@ def _write_token_classes(config: ScoreConfig, folder: RunFolder) -> None:
 
 
 def _score_units(
-    units: list[ReadUnit], config: ScoreConfig, direction_path: str | None, folder: RunFolder, progress: Progress | None
+    units: list[ReadUnit],
+    config: ScoreConfig,
+    pairs: bool,
+    direction_path: str | None,
+    folder: RunFolder,
+    progress: Progress | None,
 ) -> None:
     finished = tuple((first, last) for first, last in folder.finished_row_ids())
     if finished:
         logger.info("resuming: %d rows were already scored", sum(last - first + 1 for first, last in finished))
     options = DataOptions(**config.model_dump(include=set(DataOptions.model_fields)))
-    plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished)
+    plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished, pairs)
     low, high = config.actor_range
     threads = torch_threads(high, config.cpus_per_actor)
     scored = encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)).map_batches(
-        Scorer,
+        PairScorer if pairs else Scorer,
         fn_constructor_kwargs={"config": config, "direction_path": direction_path, "threads": threads},
         batch_size=None,
         batch_format="pyarrow",
@@ -194,17 +219,15 @@ class Scorer:
         prepare_worker(threads)
         self.config = config
         device = default_device() if config.gpus_per_actor else torch.device("cpu")
-        scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
         self.device = device
-        self.estimator = build_estimator(config, scoring, direction_path)
+        self.estimator = build_estimator(config, self.scoring, direction_path)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One block of encoded rows; refused rows pass through with their reason."""
         started = time.monotonic()
         good = pc.is_null(block["reason"])
-        scored, failures, computed = score_table(
-            block.filter(good), self.estimator, self.config.batch_tokens, self.device, self.config.terms
-        )
+        scored, failures, computed = self._score(block.filter(good))
         reasons = [failures.get(index) for index in range(scored.num_rows)]
         scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
         refused = block.filter(pc.invert(good))
@@ -212,3 +235,19 @@ class Scorer:
         for name, value in zip(COST, (time.monotonic() - started, computed), strict=True):
             result = result.append_column(name, pa.array(np.full(result.num_rows, value / max(1, result.num_rows))))
         return result
+
+    def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
+        return score_table(table, self.estimator, self.config.batch_tokens, self.device, self.config.terms)
+
+
+class PairScorer(Scorer):
+    """The scoring actor for preference pairs, with the reference model where that is another one."""
+
+    def __init__(self, config: ScoreConfig, direction_path: str | None, threads: int) -> None:
+        super().__init__(config, direction_path, threads)
+        reference = load_reference(config, self.scoring)
+        self.pair_estimator = PairEstimator(self.estimator, self.scoring, reference)
+
+    def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
+        config = self.config
+        return score_pair_table(table, self.pair_estimator, config.batch_tokens, self.device, config.beta, config.terms)

@@ -30,8 +30,8 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_out": data.num_rows,
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
-        "tokens": int(pc.sum(pc.list_value_length(data["input_ids"])).as_py() or 0),
-        "response_tokens": pc.sum(pc.list_flatten(data["response_mask"])).as_py() or 0,
+        "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
+        "response_tokens": _response_tokens(data),
     }
     if cost:
         counts["computed_positions"] = round(cost["computed_positions"])
@@ -46,12 +46,25 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
     return {name: [value] for name, value in counts.items()}
 
 
+def _response_tokens(table: pa.Table) -> int:
+    if "response_mask" in table.column_names:
+        return pc.sum(pc.list_flatten(table["response_mask"])).as_py() or 0
+    return pc.sum(table["num_response_tokens"]).as_py() or 0  # of pairs, which are all scored
+
+
+def _id_columns(table: pa.Table) -> list[str]:
+    """Where the tokens are: of a row with a response, or of a pair."""
+    return [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
+
+
 def _had_tokens(table: pa.Table) -> list[bool]:
-    return [bool(n) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+    return [bool(n) for n in pc.list_value_length(table[_id_columns(table)[0]]).to_pylist()]
 
 
-def total_counts(folder: RunFolder) -> dict:
-    """Sums over all commit records, those of earlier attempts included."""
+def total_counts(folder: RunFolder, nothing: str = "no row can be used") -> dict:
+    """Sums over all commit records, those of earlier attempts included. UserError that begins with `nothing` if no row
+    came out.
+    """
     total: Counter = Counter()
     reasons: Counter = Counter()
     for record in folder.commits():
@@ -59,6 +72,6 @@ def total_counts(folder: RunFolder) -> dict:
         reasons.update(record["reasons"])
     if not total["rows_out"]:
         shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
-        raise UserError(f"no row can be used: {shown}")
+        raise UserError(f"{nothing}: {shown}")
     counts = {name: round(value, 3) for name, value in total.items()}
     return counts | {"quarantine_reasons": dict(reasons.most_common(20))}

@@ -20,7 +20,7 @@ from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.encode import good_rows, make_encoder
 from pipelines.live_values import check_live, data_options, encode_data
-from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, SFT_COLUMNS
+from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, REFERENCE_TOKENS, SFT_COLUMNS
 
 SHOWN = 3
 
@@ -177,7 +177,9 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
     """Whether the data's reference log-probabilities are used. UserError where there is no reference at all."""
     found = storage.read_schema(shard)
     stored = set(REFERENCE_COLUMNS) <= set(found.names)
-    per_token = stored and all(types.is_list(found.field(name).type) for name in REFERENCE_COLUMNS)
+    per_token = set(REFERENCE_TOKENS) <= set(found.names) or (
+        stored and all(types.is_list(found.field(name).type) for name in REFERENCE_COLUMNS)
+    )
     if stored and not per_token and (config.dpo_mask == "ratio" or config.max_length):
         why = "--dpo-mask ratio needs them per token" if config.dpo_mask == "ratio" else "--max-length cuts responses"
         if not (config.reference_model or config.lora_rank):

@@ -24,6 +24,7 @@ FILLER = -1  # index of a row that is none
 SFT_COLUMNS = ("input_ids", "labels", "response_mask")
 DPO_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_TOKENS = ("chosen_ref_logprobs", "rejected_ref_logprobs")  # per token, beside sums, as `score` writes them
 WEIGHTS = "weights"
 
 Rows = list[dict[str, Any]]
@@ -167,7 +168,7 @@ class DPOCollator:
 
     def _reference(self, row: dict[str, Any], side: str) -> float:
         """The reference's log-probability of what the log-ratio covers."""
-        stored = row[f"ref_{side}_logps"]
+        stored = row.get(f"{side}_ref_logprobs", row[f"ref_{side}_logps"])
         if row.get("filler"):
             return 0.0
         if not isinstance(stored, list):
@@ -189,7 +190,8 @@ def columns_for(
         return ["input_ids", "response_mask"]
     if objective == "sft":
         return [*SFT_COLUMNS, *([WEIGHTS] if use_weights and WEIGHTS in available else [])]
-    return [*DPO_COLUMNS, *(REFERENCE_COLUMNS if reference else ())]
+    per_token = [name for name in REFERENCE_TOKENS if name in available]
+    return [*DPO_COLUMNS, *([*REFERENCE_COLUMNS, *per_token] if reference else ())]
 
 
 def data_shards(folder: str) -> list[str]:

@@ -1,0 +1,138 @@
+"""From a row of user data to a prompt to answer, as tokens, and the data set's own answer where it has one.
+
+Formats, after renaming by `columns`: those of encode.py, whose last response is the answer; and the same without a
+response: `messages` that end with another role's turn, `prompt` alone (text or messages), `instruction` (+ `input`).
+A column `answer` goes before any response of the row.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from alphatoken.chat import ChatRenderer, check_messages
+from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
+from alphatoken.errors import BadRowError, UserError
+from alphatoken.sources import ReadUnit, first_row
+
+PROMPT_COLUMNS = ("input_ids", "messages", "prompt", "instruction")  # the first that is there decides
+ANSWER_COLUMNS = ("answer", "completion", "output", "response")
+KNOWN_COLUMNS = frozenset({"id", "input", "response_mask", "labels", *PROMPT_COLUMNS, *ANSWER_COLUMNS})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given."""
+
+    prompt: str  # as it sees it
+    messages: list[dict] | None  # the conversation; None where the prompt is plain text or tokens
+    prompt_ids: list[int]
+    answer: str | None
+
+
+def check_prompt_source(units: list[ReadUnit], columns: dict[str, str]) -> None:
+    """Whether the first row of each file has a prompt. Raises UserError."""
+    unknown = sorted(set(columns) - KNOWN_COLUMNS)
+    if unknown:
+        known = ", ".join(sorted(KNOWN_COLUMNS))
+        raise UserError(f"--columns {', '.join(unknown)}: no such column to fill; known for prompts are {known}.")
+    first_units = {unit.file_index: unit for unit in reversed(units)}
+    for _, unit in sorted(first_units.items()):
+        row = first_row(unit)
+        missing = sorted(set(columns.values()) - set(row))
+        if missing:
+            raise UserError(
+                f"{unit.path} has no column {', '.join(missing)} that --columns names: it has {', '.join(row)}."
+            )
+        if not set(PROMPT_COLUMNS) & set(rename_columns(row, columns)):
+            raise UserError(
+                f"{unit.path}: the rows have no prompt: found {', '.join(sorted(row))}; accepted are messages, prompt, "
+                "instruction (+ input), or input_ids with response_mask or labels."
+            )
+
+
+class PromptReader:
+    """Rows to prompts for one tokenizer."""
+
+    def __init__(self, encoder: Encoder, longest: int, chat: bool = False) -> None:
+        """longest: tokens that leave room for a response. chat: text prompts become a user's message."""
+        self.encoder, self.longest, self.chat = encoder, longest, chat
+
+    def read(self, row: dict) -> Prompt:
+        """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        row = rename_columns(row, self.encoder.options.columns)
+        if row.get("tools") not in (None, "", "[]", []):
+            raise BadRowError("the row has tools, which are not supported")
+        found = self._read(row)
+        if not 0 < len(found.prompt_ids) <= self.longest:
+            raise BadRowError(
+                f"the prompt has {len(found.prompt_ids)} tokens; from 1 to {self.longest} leave room for the response"
+            )
+        return found
+
+    def _read(self, row: dict) -> Prompt:
+        kind = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+        answer = _answer(row)
+        if kind == "input_ids":
+            return self._from_tokens(row, answer)
+        if kind == "messages":
+            messages = check_messages(row["messages"], "messages")
+            if messages[-1]["role"] == "assistant":
+                answer = messages[-1]["content"] if row.get("answer") is None else answer
+                messages = messages[:-1]
+            return self._from_messages(messages, answer)
+        if kind == "prompt":
+            if not isinstance(row["prompt"], str):
+                return self._from_messages(check_messages(row["prompt"], "prompt"), answer)
+            return self._from_text(row["prompt"], answer)
+        if kind == "instruction":
+            return self._from_instruction(row, answer)
+        raise BadRowError(f"the row has no prompt: it has {', '.join(sorted(row)) or 'no columns'}")
+
+    def _from_messages(self, messages: list[dict], answer: str | None) -> Prompt:
+        if not messages:
+            raise BadRowError("the conversation has no turn before the answer")
+        text = self._chat.render(messages, add_generation_prompt=True)
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        return Prompt(text, plain, self._tokenize(text, special=False), answer)
+
+    def _from_text(self, text: str, answer: str | None) -> Prompt:
+        if not text.strip():
+            raise BadRowError("the prompt is empty")
+        if self.chat:
+            return self._from_messages([{"role": "user", "content": text}], answer)
+        return Prompt(text, None, self._tokenize(text, special=True), answer)
+
+    def _from_instruction(self, row: dict, answer: str | None) -> Prompt:
+        instruction, extra = row["instruction"], row.get("input") or ""
+        if not isinstance(instruction, str) or not isinstance(extra, str):
+            raise BadRowError("instruction or input is not text")
+        if self.encoder.tokenizer.chat_template:
+            content = f"{instruction}\n\n{extra}" if extra else instruction
+            return self._from_messages([{"role": "user", "content": content}], answer)
+        template = ALPACA_PROMPT_WITH_INPUT if extra else ALPACA_PROMPT
+        return self._from_text(template.format(instruction=instruction, input=extra), answer)
+
+    def _from_tokens(self, row: dict, answer: str | None) -> Prompt:
+        encoded = self.encoder.encode(row)
+        mask = encoded.response_mask
+        stop = len(mask) - mask[::-1].index(True)
+        start = max(i for i in range(stop) if not mask[i]) + 1
+        decode = self.encoder.tokenizer.decode
+        if answer is None and not encoded.truncated:
+            answer = decode(encoded.input_ids[start:stop], skip_special_tokens=True)
+        return Prompt(decode(encoded.input_ids[:start]), None, encoded.input_ids[:start], answer)
+
+    @cached_property
+    def _chat(self) -> ChatRenderer:
+        return ChatRenderer(self.encoder.tokenizer)
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return self.encoder.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+
+
+def _answer(row: dict) -> str | None:
+    """The text of the first answer column; the last turn of one that holds messages."""
+    value: Any = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    if isinstance(value, list | tuple) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return value if value is None or isinstance(value, str) else str(value)

@@ -1,0 +1,58 @@
+"""Fresh responses to prompts: `alphatoken generate --model M --prompts P --output R --samples 8`."""
+
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":  # `python jobs/generate.py` puts jobs/ first on the path; the packages are one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from alphatoken.generate_config import GenerateConfig
+from jobs import cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(GenerateConfig, generate_with_progress, argv, show=_show, prog="alphatoken generate")
+
+
+def generate_with_progress(config: GenerateConfig) -> dict:
+    """Run the pipeline with a progress line on terminals."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from pipelines.generate import run_generate  # imports Ray and torch: not before the arguments are right
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting the engine", total=None)
+        started = time.monotonic()
+
+        def advance(counts: dict) -> None:
+            rate = counts["response_tokens"] / (time.monotonic() - started)
+            bar.update(task, description=f"{counts['rows_out']:,} responses, {rate:,.0f} tokens/s")
+
+        return run_generate(config, advance)
+
+
+def _show(config: GenerateConfig, manifest: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = manifest["counts"]
+    table = Table(show_header=False, box=None)
+    table.add_row("responses", config.output)
+    table.add_row("engine", manifest["engine"])
+    table.add_row("rows", f"{counts['rows_out']:,} responses to {counts['prompts']:,} prompts")
+    table.add_row("tokens", f"{counts['response_tokens']:,} in responses")
+    if counts["responses_cut"]:
+        table.add_row("cut", f"{counts['responses_cut']:,} at {config.max_new_tokens} tokens")
+    if counts["rows_quarantined"]:
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in list(counts["quarantine_reasons"].items())[:3])
+        table.add_row("quarantined", f"{counts['rows_quarantined']:,} ({reasons}); see quarantine/")
+    table.add_row("time", f"{manifest['seconds']:.0f} s")
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""prompts -> generate -> pair -> score -> mask -> train, on a real local Ray; the slow test with the real vLLM."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from oracles import token_losses
+from tiny_models import tiny_model
+from tiny_tokenizers import CHATML, byte_level
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alphatoken import schema, storage
+from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.errors import UserError
+from alphatoken.generate_config import GenerateConfig, PairConfig
+from alphatoken.schema import BRANCHES
+from alphatoken.train_config import TrainConfig
+from pipelines.generate import run_generate
+from pipelines.mask import run_mask
+from pipelines.pair import run_pair
+from pipelines.score import run_score
+from pipelines.train import run_train
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def rows_of(folder) -> list[dict]:
+    return [row for shard in storage.list_shards(str(folder)) for row in pq.read_table(shard).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    """Six good prompts, one of them twice under the same id, a broken line, one that is too long."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = ["two", "three", "four", "five", "red", "blue"]
+    answers = [f"{word} boom" if i == 5 else word for i, word in enumerate(words)]
+    rows = [
+        {"id": "same" if i < 2 else f"p{i}", "prompt": f"What is {word}?", "answer": answers[i]}
+        for i, word in enumerate(words)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([*lines[:3], "{bad", *lines[3:], json.dumps({"prompt": "word " * 400})]) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def generated(tiny_checkpoint, prompts, tmp_path_factory):
+    config = generate_config(tiny_checkpoint, prompts, tmp_path_factory.mktemp("generated") / "responses")
+    return config, run_generate(config)
+
+
+def generate_config(model, prompts, output, **changes) -> GenerateConfig:
+    settings = {"engine": "transformers", "samples": 3, "max_new_tokens": 12, "chat": True, "shard_rows": 6}
+    return GenerateConfig(model=model, prompts=[prompts], output=str(output), **(settings | changes))
+
+
+def test_every_sample_of_every_prompt_is_there_once(generated):
+    config, manifest = generated
+    rows = rows_of(config.output)
+    assert manifest["counts"]["rows_out"] == len(rows) == 18 and manifest["counts"]["prompts"] == 8
+    assert manifest["counts"]["rows_quarantined"] == 2
+    assert len({row["row_id"] for row in rows}) == 18 and {row["sample"] for row in rows} == {0, 1, 2}
+    for shard in storage.list_shards(config.output):
+        table = pq.read_table(shard)
+        assert table.schema.equals(schema.RESPONSES)
+        numbers = [row["row_id"] // 3 for row in table.to_pylist()]
+        assert all(numbers.count(number) == 3 for number in numbers)  # a prompt's samples lie together
+    assert all(len(row["token_ids"]) == len(row["logprobs"]) > 0 for row in rows)
+    reasons = {row["reason"] for row in pq.read_table(f"{config.output}/quarantine").to_pylist()}
+    assert any("invalid JSON" in reason for reason in reasons) and any("leave room" in reason for reason in reasons)
+
+
+def test_same_seed_same_samples_and_another_seed_others(generated, tiny_checkpoint, prompts, tmp_path):
+    first = {row["row_id"]: row["token_ids"] for row in rows_of(generated[0].output)}
+    run_generate(generate_config(tiny_checkpoint, prompts, tmp_path / "again", shard_rows=100, batch_tokens=64))
+    assert {row["row_id"]: row["token_ids"] for row in rows_of(tmp_path / "again")} == first
+    run_generate(generate_config(tiny_checkpoint, prompts, tmp_path / "other", seed=1))
+    assert {row["row_id"]: row["token_ids"] for row in rows_of(tmp_path / "other")} != first
+
+
+def test_a_run_that_was_cut_off_goes_on(generated, tiny_checkpoint, prompts, tmp_path):
+    config = generate_config(tiny_checkpoint, prompts, tmp_path / "cut")
+    seen = []
+
+    def stop(counts: dict) -> None:
+        seen.append(counts)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(config, stop)
+    kept = storage.list_shards(config.output)
+    times = [Path(shard).stat().st_mtime_ns for shard in kept]
+    manifest = run_generate(config)
+    assert times == [Path(shard).stat().st_mtime_ns for shard in kept]
+    assert manifest["counts"] == generated[1]["counts"]
+    expected = {row["row_id"]: row["token_ids"] for row in rows_of(generated[0].output)}
+    assert {row["row_id"]: row["token_ids"] for row in rows_of(config.output)} == expected
+
+
+def pair(source, output, **changes):
+    config = PairConfig(input=str(source), output=str(output), **changes)
+    return run_pair(config), rows_of(output)
+
+
+def test_own_verifier_that_raises_sets_its_prompt_aside(generated, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    manifest, rows = pair(generated[0].output, tmp_path / "pairs", verifier="own_verifier:shortest")
+    reasons = manifest["counts"]["quarantine_reasons"]
+    assert reasons["the verifier raised ValueError: no such unit"] == 1
+    assert manifest["counts"]["rows_out"] + sum(reasons.values()) == manifest["counts"]["prompts"]
+    for row in rows:
+        assert row["chosen_score"] > row["rejected_score"] and len(row["chosen"]) < len(row["rejected"])
+    ids = [row["id"] for row in rows]
+    assert len({row["row_id"] for row in rows}) == len(ids)  # ids of the data may repeat, row ids do not
+
+
+def test_reference_judge_takes_the_answer_with_its_end_of_turn(generated, tmp_path):
+    _, rows = pair(generated[0].output, tmp_path / "pairs", judge="reference")
+    assert len(rows) == 6
+    tokenizer = byte_level(CHATML)
+    for row in rows:
+        assert row["chosen_sample"] == -1 and row["rejected_sample"] == 0
+        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"] + "<|im_end|>"
+
+
+def reward_model(folder: Path, labels: int) -> str:
+    tokenizer = byte_level(CHATML)
+    tiny = tiny_model("llama", vocab_size=len(tokenizer))
+    tiny.config.num_labels = labels
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(tiny.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_reward_model_scores_are_those_of_one_row_at_a_time(generated, tmp_path):
+    name = reward_model(tmp_path / "reward", 1)
+    _, rows = pair(generated[0].output, tmp_path / "pairs", judge="reward-model", judge_model=name, batch_tokens=90)
+    tokenizer = byte_level(CHATML)
+    model = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    model.config.pad_token_id = tokenizer.eos_token_id
+    assert rows
+    for row in rows:
+        for branch in BRANCHES:
+            messages = [*row["messages"], {"role": "assistant", "content": row[branch]}]
+            ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")["input_ids"]
+            assert row[f"{branch}_score"] == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-4)
+
+
+def test_llm_judge_is_asked_in_both_orders(generated, tiny_checkpoint, tmp_path):
+    """A random model says neither A nor B, or the same whatever the order: prompts are set aside, none is lost."""
+    config = PairConfig(
+        input=generated[0].output, output=str(tmp_path / "pairs"), judge="vllm-judge", judge_model=tiny_checkpoint,
+        engine="transformers", judge_tokens=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="no pair could be made"):
+        run_pair(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verifier": "no_module:check"}, "no_module"),
+        ({"judge": "reward-model", "judge_model": "two"}, "has 2 labels"),
+        ({"verifier": "exact"}, "no pair could be made: all samples are wrong"),
+        ({"input": "nowhere"}, "does not exist or is empty"),
+    ],
+)
+def test_mistakes_in_pairing(generated, tmp_path, changes, message):
+    if changes.get("judge_model") == "two":
+        changes = changes | {"judge_model": reward_model(tmp_path / "two", 2)}
+    with pytest.raises(UserError, match=message):
+        pair(changes.pop("input", generated[0].output), tmp_path / "pairs", **changes)
+
+
+def test_an_unknown_judge():
+    with pytest.raises(ValueError, match="there is no such judge; choose one of verifier"):
+        PairConfig(input="a", output="b", judge="oracle")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": {"prompt": "question"}}, "has no column question"),
+        ({"columns": {"promt": "prompt"}}, "no such column to fill"),
+        ({"max_new_tokens": 300}, "leaves no room for a prompt"),
+        ({"model": "no/such-model"}, "no/such-model"),
+        ({"chat_template": "nowhere.jinja"}, "cannot be read"),
+    ],
+)
+def test_mistakes_in_generation(tiny_checkpoint, prompts, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run_generate(generate_config(changes.pop("model", tiny_checkpoint), prompts, tmp_path / "out", **changes))
+
+
+def score_mask_train(model: str, pairs: str, validation: str, folder: Path, **changes):
+    scored = run_score(
+        ScoreConfig(model=model, data=[pairs], validation=[validation], output=str(folder / "scored"), **changes)
+    )
+    masked = run_mask(MaskConfig(input=str(folder / "scored"), output=str(folder / "masked"), scope="dataset"))
+    trained = run_train(
+        TrainConfig(
+            objective="dpo", data=str(folder / "masked"), model=model, output=str(folder / "dpo"), max_steps=2,
+            per_device_batch_size=2, learning_rate=1e-4, save_steps=10,
+        )
+    )  # fmt: skip
+    return scored, masked, trained
+
+
+def assert_plain_logprobs(model: str, rows: list[dict]) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for row in rows:
+        for branch in BRANCHES:
+            ids = row["prompt_ids"] + row[f"{branch}_ids"]
+            with torch.no_grad():
+                expected = -token_losses(plain, ids, [i >= len(row["prompt_ids"]) for i in range(len(ids))]).numpy()
+            np.testing.assert_allclose(row[f"{branch}_logprobs"], expected, rtol=0, atol=1e-4)
+            assert row[f"ref_{branch}_logps"] == pytest.approx(expected.sum(), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_pairs_are_scored_masked_and_trained_on(generated, tiny_checkpoint, tmp_path, objective):
+    pair(generated[0].output, tmp_path / "pairs", judge="reference")
+    validation = tmp_path / "validation.jsonl"
+    row = {"prompt": [{"role": "user", "content": "hello"}]}
+    row |= {"completion": "the answer"} if objective == "sft" else {"chosen": "the answer", "rejected": "no answer"}
+    if objective == "sft":
+        row["completion"] = [{"role": "assistant", "content": "the answer"}]
+    validation.write_text(json.dumps(row) + "\n")
+    scored, masked, trained = score_mask_train(
+        tiny_checkpoint, str(tmp_path / "pairs"), str(validation), tmp_path, validation_objective=objective
+    )
+    assert scored["counts"]["rows_out"] == masked["counts"]["rows_out"] == 6
+    assert scored["fingerprints"]["reference_model"] == scored["fingerprints"]["model"]
+    assert set(masked["threshold"]) == set(BRANCHES)
+    assert trained["stored_reference"] and trained["counts"]["steps"] == 2
+    rows = rows_of(tmp_path / "masked")
+    assert_plain_logprobs(tiny_checkpoint, rows)
+    for found in rows:
+        for branch in BRANCHES:
+            lengths = {
+                len(found[f"{branch}_{name}"]) for name in ("ids", "mask", "value", "adaptation", "ref_logprobs")
+            }
+            assert len(lengths) == 1 and any(found[f"{branch}_mask"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_vllm
+def test_the_whole_chain_with_the_real_vllm(tmp_path):
+    """No mock: vLLM samples through ray.data.llm, the number verifier pairs, DPO trains on what is kept."""
+    responses = tmp_path / "responses"
+    manifest = run_generate(
+        GenerateConfig(
+            model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(responses),
+            limit=12, samples=6, max_new_tokens=32, temperature=0.8, engine="vllm", max_length=512,
+        )
+    )  # fmt: skip
+    assert manifest["engine"] == "vllm" and manifest["counts"]["rows_out"] == 72
+    rows = rows_of(responses)
+    plain = AutoModelForCausalLM.from_pretrained(storage_model(), dtype=torch.float32).eval()
+    for row in rows[::24]:
+        ids = row["prompt_ids"] + row["token_ids"]
+        with torch.no_grad():
+            expected = -token_losses(plain, ids, [i >= len(row["prompt_ids"]) for i in range(len(ids))]).numpy()
+        np.testing.assert_allclose(row["logprobs"], expected, rtol=0, atol=1e-2)
+    paired, _ = pair(responses, tmp_path / "pairs")
+    assert paired["counts"]["rows_out"] > 1
+    _, masked, trained = score_mask_train(
+        EMBEDDED_MODEL, str(tmp_path / "pairs"), str(embedded_data() / "sums_validation.jsonl"), tmp_path,
+        parameters="last-layers:2",
+    )  # fmt: skip
+    assert 0.7 < masked["counts"]["kept_fraction"] < 0.9
+    assert trained["counts"]["steps"] == 2 and trained["stored_reference"]
+    assert_plain_logprobs(storage_model(), rows_of(tmp_path / "masked")[:3])
+
+
+def storage_model() -> str:
+    from alphatoken.embedded import embedded_model_dir
+
+    return str(embedded_model_dir())

@@ -1,0 +1,40 @@
+"""Verifiers by name, the user's own, and what goes wrong with them."""
+
+import pytest
+
+from alphatoken.errors import BadRowError, UserError
+from alphatoken.verifiers import load_verifier, score_response
+
+
+def test_number_and_exact(tmp_path):
+    number, exact = (load_verifier(name, str(tmp_path)) for name in ("number", "exact"))
+    assert score_response(number, "It is 1,200 in all.", "#### 1200") == 1.0
+    assert score_response(number, "no idea", "#### 1200") == 0.0
+    assert score_response(exact, " a  b ", "a b") == 1.0
+    assert score_response(exact, "ab", "a b") == 0.0
+
+
+def test_an_own_function_and_what_it_may_return(tmp_path):
+    (tmp_path / "own_checks.py").write_text(
+        "def length(response, answer): return -abs(len(response) - len(answer))\n"
+        "def broken(response, answer): raise KeyError('oh')\n"
+        "def silent(response, answer): pass\n"
+        "def endless(response, answer): return float('nan')\n"
+        "limit = 3\n"
+    )
+    assert score_response(load_verifier("own_checks:length", str(tmp_path)), "abc", "abcde") == -2.0
+    for name, reason in (("broken", "raised KeyError: 'oh'"), ("silent", "NoneType"), ("endless", "nan")):
+        with pytest.raises(BadRowError, match=reason):
+            score_response(load_verifier(f"own_checks:{name}", str(tmp_path)), "a", "b")
+    for name, reason in (
+        ("own_checks:gone", "has no gone"),
+        ("own_checks:limit", "not a function"),
+        ("no_such:f", "no_such"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load_verifier(name, str(tmp_path))
+
+
+def test_an_answer_without_a_number(tmp_path):
+    with pytest.raises(BadRowError, match="nothing to compare with"):
+        score_response(load_verifier("number", str(tmp_path)), "3", "three")
