@@ -5,7 +5,6 @@ R rows, P positions of all rows, N response tokens among them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -121,47 +120,27 @@ def value_digits(table: pa.Table, plan: MaskPlan, source: str) -> list[np.ndarra
     return selection.float_digits(values)
 
 
-Count = Callable[[str, MaskPlan, tuple[int, ...]], np.ndarray]
+Count = Callable[[tuple[int, ...]], np.ndarray]  # a pass over all sort keys: histogram of the digit after a prefix
 
 
-def with_thresholds(plan: MaskPlan, drop_sequences: float, one_threshold: bool, count: Count) -> MaskPlan:
-    """The plan with what takes passes over all rows: the rows to drop, then one threshold for all tokens.
-
-    `count(keys, plan, prefix)` is one such pass: the histogram of the digit after `prefix` over the sort keys of `rows`
-    (`droppable_digits`) or of `tokens` (`value_digits`).
-    """
-    if drop_sequences:
-        drop_up_to = selection.select_key(
-            partial(count, "rows", plan),
-            num_digits=6,
-            rank_of=lambda rows: int(drop_sequences * rows + 1e-9),
-            whole=False,
-        )
-        plan = replace(plan, drop_up_to=drop_up_to)
-    if one_threshold:
-        key = selection.select_key(
-            partial(count, "tokens", plan),
-            num_digits=2,
-            rank_of=lambda tokens: tokens and tokens - int(selection.keep_count(plan.keep_fraction, tokens)) + 1,
-        )
-        # No key: there is no token to choose from (all protected, or no row left).
-        plan = replace(plan, threshold=selection.digits_to_float(*key) if key else np.inf)
-    return plan
+def with_dropped_rows(plan: MaskPlan, fraction: float, count: Count) -> MaskPlan:
+    """The plan with the rows to drop. `count` is about `droppable_digits`."""
+    if not fraction:
+        return plan
+    drop_up_to = selection.select_key(
+        count, num_digits=6, rank_of=lambda rows: int(fraction * rows + 1e-9), whole=False
+    )  # fmt: skip
+    return replace(plan, drop_up_to=drop_up_to)
 
 
-def mask_tables(
-    tables: list[pa.Table], plan: MaskPlan, drop_sequences: float, one_threshold: bool, source: str
-) -> list[MaskedShard]:
-    """Mask SCORED tables that share their thresholds and are all in memory."""
-
-    def count(keys: str, plan: MaskPlan, prefix: tuple[int, ...]) -> np.ndarray:
-        digits = [
-            droppable_digits(table, plan) if keys == "rows" else value_digits(table, plan, source) for table in tables
-        ]
-        return np.sum([selection.digit_histogram(found, prefix) for found in digits], axis=0)
-
-    plan = with_thresholds(plan, drop_sequences, one_threshold, count)
-    return [mask_table(table, plan, source) for table in tables]
+def common_threshold(keep_fraction: float, count: Count) -> float:
+    """One threshold for all tokens; infinite where there is none to choose from. `count` is about `value_digits`."""
+    key = selection.select_key(
+        count,
+        num_digits=2,
+        rank_of=lambda tokens: tokens and tokens - int(selection.keep_count(keep_fraction, tokens)) + 1,
+    )
+    return selection.digits_to_float(*key) if key else np.inf
 
 
 def flat(table: pa.Table, name: str) -> np.ndarray:

@@ -11,7 +11,9 @@ from alphatoken.train_config import TrainConfig
 class RoundsConfig(TrainConfig):
     """Train in rounds: value the next steps' data with the current weights, mask it, train on it, go on."""
 
-    data: list[str] = Field(min_length=1, description="training files, in any format that score reads")
+    data: list[str] = Field(
+        min_length=1, description="training files, in any format that score reads; dpo: preference pairs, or prompts"
+    )
     estimator: Literal["value_propagation", "exact"] = Field("exact", description="how tokens are valued")
     preconditioner: Literal["none", "adam"] = Field(
         "adam", description="adam: what AdamW would do with the direction, from the optimizer's own second moments"
@@ -26,6 +28,14 @@ class RoundsConfig(TrainConfig):
     drop_sequences: float = Field(
         0.0, ge=0, lt=1, description="first drop this share of rows, the lowest by mean value"
     )
+    generate: int = Field(
+        0, ge=0, description="dpo: --data has prompts; this many responses of the current weights are paired"
+    )  # fmt: skip
+    verifier: str = Field(
+        "number", description="generate: what says whether a response is right: number, exact, math or module:function"
+    )
+    temperature: float = Field(1.0, gt=0, description="generate: of the samples")
+    max_new_tokens: int = Field(256, ge=1, description="generate: longest response in tokens")
     overlap: bool = Field(
         False, description="value the next window while this one is trained on: with weights one window older"
     )
@@ -47,6 +57,10 @@ class RoundsConfig(TrainConfig):
         return True
 
     @property
+    def data_kind(self) -> str:
+        return "prompts" if self.generate else super().data_kind
+
+    @property
     def oldest_values(self) -> int:
         """Age in steps of the oldest values that a step of this run is trained on."""
         return (2 if self.overlap else 1) * self.refresh_every - 1
@@ -54,10 +68,15 @@ class RoundsConfig(TrainConfig):
     def _check_live_values(self) -> None:
         if self.in_run:
             raise ValueError("--in-run is an option of `alphatoken train`; rounds value whole windows")
-        if self.objective == "dpo":
-            raise ValueError("rounds train with --objective sft so far; dpo has `alphatoken train --in-run`")
         if not self.validation:
             raise ValueError("rounds need --validation FILES of the target task")
+        self._check_validation_objective()
+        if self.generate and self.objective == "sft":
+            raise ValueError("--generate makes preference pairs: it needs --objective dpo")
+        if self.generate == 1:
+            raise ValueError("--generate 1: a pair needs two responses or more")
+        if self.objective == "dpo" and self.lora_rank and not self.reference_model:
+            raise ValueError("rounds of dpo with --lora-rank need --reference-model, which the actors load")
         if self.parameters == "all":
             raise ValueError("rounds score linear weights: use --parameters last-layers:K or all-linear")
 

@@ -37,6 +37,7 @@ class Schedule:
     plain_steps: int  # before the first window
     refresh_every: int  # steps of a window
     overlap: bool = False  # weights of the window before
+    generates: bool = False  # every step needs a window, for its pairs: plain steps are windows on every token
 
     @property
     def steps_per_epoch(self) -> int:
@@ -49,16 +50,29 @@ class Schedule:
     @property
     def windows(self) -> list[Window]:
         size, last = self.refresh_every, self.total_steps
-        starts = range(self.plain_steps, last, size)
+        starts = range(self.first_window, last, size)
         back = size if self.overlap else 0
-        earliest = min(1, self.plain_steps)  # an optimizer that has not taken a step has no moments to give away
-        return [Window(start, min(start + size, last), max(earliest, start - back)) for start in starts]
+        found = []
+        for start in starts:
+            # To value a window, the optimizer has to have taken a step: before, it has no moments to give away.
+            earliest = 0 if start < self.plain_steps else min(1, self.plain_steps)
+            found.append(Window(start, min(start + size, last), max(earliest, start - back)))
+        return found
+
+    @property
+    def first_window(self) -> int:
+        """The step that the first window begins with."""
+        return 0 if self.generates else self.plain_steps
+
+    def is_plain(self, window: Window) -> bool:
+        """Whether the window is trained on whole."""
+        return window.start < self.plain_steps
 
     def window_at(self, step: int) -> Window | None:
-        """The window that `step` belongs to; None for a plain step."""
-        if step < self.plain_steps:
+        """The window that `step` belongs to; None for a step without one."""
+        if step < self.first_window:
             return None
-        return self.windows[(step - self.plain_steps) // self.refresh_every]
+        return self.windows[(step - self.first_window) // self.refresh_every]
 
     def rows_of(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """(row indices, ascending and each once; the first step of the window that trains on each)."""

@@ -101,6 +101,17 @@ ENCODED_PAIRS = pa.schema(
     ]
 )
 
+# encode -> rounds that generate: prompts with a checkable answer
+ENCODED_PROMPTS = pa.schema(
+    [
+        ROW_ID,
+        ID,
+        pa.field("prompt_ids", pa.list_(pa.int32())),
+        pa.field("answer", pa.string()),  # the data set's own response: what a verifier compares with
+        pa.field("truncated", pa.bool_()),  # never: a prompt that is too long is refused
+    ]
+)
+
 
 def _per_branch(*names: str, kind: pa.DataType) -> list[pa.Field]:
     return [pa.field(f"{branch}_{name}", kind) for branch in BRANCHES for name in names]

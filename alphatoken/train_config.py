@@ -145,6 +145,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
             return
         if not self.validation:
             raise ValueError("--in-run needs --validation FILES of the target task")
+        self._check_validation_objective()
         if self.parameters == "all":
             raise ValueError("--in-run scores linear weights: use --parameters last-layers:K or all-linear")
         if self.lora_rank:
@@ -153,6 +154,10 @@ class TrainConfig(StageConfig, LiveValueOptions):
             raise ValueError("--in-run needs whole weights on every worker, so it does not go with --fsdp")
         if self.gradient_checkpointing:
             raise ValueError("--in-run reads activations of the forward pass, so not with --gradient-checkpointing")
+
+    def _check_validation_objective(self) -> None:
+        if self.validation_objective != "sft":
+            raise ValueError("--validation-objective dpo is for `alphatoken score` and `alphatoken direction`")
 
     @property
     def stage(self) -> str:
@@ -168,6 +173,11 @@ class TrainConfig(StageConfig, LiveValueOptions):
     def trains_on_files(self) -> bool:
         """Whether --data is files to encode. Preference pairs come from a folder also for --in-run."""
         return self.in_run and self.objective == "sft"
+
+    @property
+    def data_kind(self) -> str:
+        """What the files are encoded as: rows, pairs or prompts."""
+        return "rows" if self.objective == "sft" else "pairs"
 
     @property
     def checkpoint_steps(self) -> int:

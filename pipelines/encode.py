@@ -17,6 +17,7 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.errors import BadRowError
 from alphatoken.pair_encode import EncodedPair, PairEncoder
+from alphatoken.prompts import PromptReader
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 
@@ -29,6 +30,9 @@ ORIGIN = [
 ]
 
 
+ENCODED_AS = {"rows": schema.ENCODED, "pairs": schema.ENCODED_PAIRS, "prompts": schema.ENCODED_PROMPTS}
+
+
 @dataclass(frozen=True)
 class EncodePlan:
     """Everything that an encoding task needs; small, sent to every task."""
@@ -38,12 +42,13 @@ class EncodePlan:
     options: DataOptions
     keep_columns: tuple[str, ...] = ()
     finished: tuple[tuple[int, int], ...] = ()  # runs of row ids that an earlier attempt has committed
-    pairs: bool = False  # preference pairs instead of rows with responses
+    kind: str = "rows"  # rows with responses; pairs: preference pairs; prompts: prompts with an answer
+    longest_prompt: int = 0  # prompts: in tokens
 
     @property
     def arrow_schema(self) -> pa.Schema:
         kept = [pa.field(name, pa.string()) for name in self.keep_columns]
-        return pa.schema([*(schema.ENCODED_PAIRS if self.pairs else schema.ENCODED), *kept, *ORIGIN])
+        return pa.schema([*ENCODED_AS[self.kind], *kept, *ORIGIN])
 
 
 def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
@@ -65,7 +70,10 @@ def encoded_dataset(units: list[ReadUnit], plan: EncodePlan, block_bytes: int) -
 def encode_units(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: EncodePlan) -> Iterator[pa.Table]:
     """The Ray Data stage."""
     encoder = make_encoder(plan.model, plan.options, plan.trust_remote_code)
-    encode = pair_columns(PairEncoder(encoder)) if plan.pairs else row_columns(encoder)
+    if plan.kind == "prompts":
+        encode = prompt_columns(PromptReader(encoder, plan.longest_prompt))
+    else:
+        encode = pair_columns(PairEncoder(encoder)) if plan.kind == "pairs" else row_columns(encoder)
     for index in batch["unit"]:
         rows = unfinished(read_unit(units[int(index)]), plan.finished)
         records: list[dict] = []
@@ -92,6 +100,25 @@ def row_columns(encoder: Encoder) -> RowColumns:
 
 def pair_columns(encoder: PairEncoder) -> RowColumns:
     return RowColumns(encoder.encode, vars(EncodedPair([], [], [], False)))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and what its response is compared with."""
+
+    prompt_ids: list[int]
+    answer: str
+    truncated: bool = False
+
+
+def prompt_columns(reader: PromptReader) -> RowColumns:
+    def encode(row: dict) -> EncodedPrompt:
+        found = reader.read(row)
+        if found.answer is None:
+            raise BadRowError("the row has no answer that a response could be compared with")
+        return EncodedPrompt(found.prompt_ids, found.answer)
+
+    return RowColumns(encode, vars(EncodedPrompt([], "")))
 
 
 def encode_row(row: SourceRow, columns: RowColumns, keep_columns: Iterable[str] = ()) -> dict:

@@ -4,6 +4,7 @@ A cut-off run goes on with the rows that no commit record names, as score does.
 """
 
 import time
+from dataclasses import replace
 
 from alphatoken import manifest as manifests
 from alphatoken import storage
@@ -17,20 +18,19 @@ from pipelines.shards import total_counts, write_block
 BLOCK_BYTES = 16 * 2**20
 
 
-def encode_folder(
-    units: list[ReadUnit], model: str, options: DataOptions, output: str, trust_remote_code: bool = False
-) -> dict:
+def encode_folder(units: list[ReadUnit], plan: EncodePlan, output: str) -> dict:
     """Write `output` unless it is there already; returns its manifest. Ray has to run.
 
     Raises UserError where no row can be used, or the folder holds something else.
     """
     started = time.monotonic()
     folder = RunFolder(output)
-    settings = options.model_dump(mode="json", include=set(DataOptions.model_fields)) | {"model": model}
+    settings = plan.options.model_dump(mode="json", include=set(DataOptions.model_fields))
+    settings |= {"model": plan.model, "kind": plan.kind, "longest_prompt": plan.longest_prompt}
     fingerprints = {"data": data_fingerprint(units)}
     if folder.open({"stage": "encode", "config": settings, "fingerprints": fingerprints}) == "finished":
         return folder.manifest()
-    plan = EncodePlan(model, trust_remote_code, options, finished=tuple(map(tuple, folder.finished_row_ids())))
+    plan = replace(plan, finished=tuple(map(tuple, folder.finished_row_ids())))
     with user_errors():
         written = encoded_dataset(units, plan, BLOCK_BYTES).map_batches(
             write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"output": output}, num_cpus=0.5

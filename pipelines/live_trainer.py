@@ -19,12 +19,16 @@ from alphatoken import storage
 from alphatoken.architecture import scored_parameters
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
-from alphatoken.schema import IGNORE_INDEX
+from alphatoken.schema import BRANCHES, IGNORE_INDEX
 from pipelines.board import ask
 from pipelines.train_data import FILLER, Rows, RowsWithFillers
-from pipelines.trainers import MaskedSFTTrainer
+from pipelines.trainers import MaskedDPOTrainer, MaskedSFTTrainer
 from pipelines.window_scorer import Snapshot
 
+WINDOW_COLUMNS = {
+    "sft": ["row_index", "input_ids", "response_mask", "labels"],
+    "dpo": ["row_index", "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"],
+}
 LORA_PREFIX, LORA_BASE = "base_model.model.", ".base_layer."
 
 
@@ -37,7 +41,7 @@ class Live:
 
 
 class LiveRows(RowsWithFillers):
-    """Rows of the data by index, with the labels of the current window. A row that the window left out is a filler."""
+    """Rows of the data by index, with the masks of the current window. A row that the window left out is a filler."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
         super().__init__(rows)
@@ -45,27 +49,31 @@ class LiveRows(RowsWithFillers):
         self.places: dict[int, int] = {}
 
     def use(self, table: pa.Table | None) -> None:
-        """Masked rows of a window; None: every response token counts."""
+        """Masked rows of a window. Before the first, every response token counts."""
         self.table = table
         self.places = {} if table is None else {row: i for i, row in enumerate(table["row_index"].to_pylist())}
 
     def __getitems__(self, indices: list[int]) -> Rows:
         if self.table is None:
-            return [_with_all_labels(row) for row in super().__getitems__(indices)]
-        missing = [index if index in self.places else FILLER for index in indices]
-        here = self.table.take([self.places.get(index, 0) for index in indices]).to_pylist() if self.places else []
-        if not here:
-            return [_with_all_labels(row) for row in super().__getitems__([FILLER] * len(indices))]
-        return [row | {"filler": index == FILLER} for row, index in zip(here, missing, strict=True)]
+            return [_unmasked(row) for row in super().__getitems__(indices)]
+        if not self.places:
+            return [_unmasked(row) for row in super().__getitems__([FILLER] * len(indices))]
+        here = self.table.take([self.places.get(index, 0) for index in indices]).to_pylist()
+        return [row | {"filler": index not in self.places} for row, index in zip(here, indices, strict=True)]
 
 
-def _with_all_labels(row: dict[str, Any]) -> dict[str, Any]:
-    pairs = zip(row["input_ids"], row["response_mask"], strict=True)
-    return row | {"labels": [token if inside else IGNORE_INDEX for token, inside in pairs]}
+def _unmasked(row: dict[str, Any]) -> dict[str, Any]:
+    """Every response token counts. A prompt that has no pair yet can only be a filler, of any two responses."""
+    if "input_ids" in row:
+        pairs = zip(row["input_ids"], row["response_mask"], strict=True)
+        return row | {"labels": [token if inside else IGNORE_INDEX for token, inside in pairs]}
+    some = row["prompt_ids"][:1]
+    row = {"chosen_ids": some, "rejected_ids": some} | row
+    return row | {f"{branch}_mask": [True] * len(row[f"{branch}_ids"]) for branch in BRANCHES}
 
 
-class LiveSFTTrainer(MaskedSFTTrainer):
-    """SFT on windows of masks."""
+class _LiveTrainer:
+    """What both objectives share; goes before the masked trainer."""
 
     def __init__(self, *args: Any, live: Live, config: RoundsConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +102,7 @@ class LiveSFTTrainer(MaskedSFTTrainer):
             return
         if window != self.window:
             summary = self._wait(window)
-            columns = ["row_index", "input_ids", "response_mask", "labels"]
+            columns = WINDOW_COLUMNS[self.config.objective]
             tables = [storage.read_table(shard, columns) for shard in summary["shards"]]
             self.rows.use(pa.concat_tables(tables))
             self.window, self.weights_step = window, summary["weights_step"]
@@ -123,7 +131,7 @@ class LiveSFTTrainer(MaskedSFTTrainer):
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """AdamW's second moments of the scored weights, without bias."""
-        if self.config.preconditioner == "none":
+        if self.config.preconditioner == "none" or not self.state.global_step:  # nothing is valued before a step
             return {}
         named = dict(self.model.named_parameters())
         beta = self.optimizer.param_groups[0]["betas"][1]
@@ -146,10 +154,18 @@ class LiveSFTTrainer(MaskedSFTTrainer):
         """They come with the windows, whose rows carry them."""
 
 
+class LiveSFTTrainer(_LiveTrainer, MaskedSFTTrainer):
+    """SFT on windows of masked rows."""
+
+
+class LiveDPOTrainer(_LiveTrainer, MaskedDPOTrainer):
+    """DPO on windows of masked pairs, from the data or generated for the window."""
+
+
 class SaveBetweenWindows(TrainerCallback):
     """Checkpoints where a window begins, at least `checkpoint_steps` apart."""
 
-    def __init__(self, trainer: LiveSFTTrainer) -> None:
+    def __init__(self, trainer: _LiveTrainer) -> None:
         self.trainer, self.saved = trainer, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,8 @@
 """What in-run training and rounds need beside the model: checked before anything starts, then loaded by each worker."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from alphatoken import direction as directions
@@ -10,11 +13,13 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, check_source
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.pair_encode import check_pair_source
+from alphatoken.prompts import check_prompt_source
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.direction import class_weight_table, reasons, report_refused
-from pipelines.encode import good_rows, make_encoder
+from pipelines.encode import EncodePlan, good_rows, make_encoder
 from pipelines.encode_folder import encode_folder
 
 FILES_LENGTH = 2048  # of rows from files, where no --max-length is given
@@ -30,9 +35,9 @@ def check_live(config: TrainConfig) -> dict:
     """Everything about the files that can be known before a model is loaded; returns fingerprints. UserError."""
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     options = data_options(config)
-    sources = [config.validation] if config.objective == "dpo" else [config.data, config.validation]
-    for files in sources:
-        check_source(plan_units(files), options, tokenizer)
+    check_source(plan_units(config.validation), options, tokenizer)
+    if config.trains_on_files:
+        _check_data(config, options, tokenizer)
     token_classes.check_class_names(config.class_weights)
     _check_layers(config)
     found = {"validation": data_fingerprint(config.validation)}
@@ -54,9 +59,23 @@ def _check_layers(config: TrainConfig) -> None:
         raise UserError(f"--parameters {config.scored_parameters}: the model has only {there} decoder layers")
 
 
+def _check_data(config: TrainConfig, options: DataOptions, tokenizer: Any) -> None:
+    units = plan_units(config.data)
+    if config.data_kind == "rows":
+        check_source(units, options, tokenizer)
+    elif config.data_kind == "pairs":
+        check_pair_source(units, options)
+    else:
+        check_prompt_source(units, config.columns)
+
+
 def encode_data(config: TrainConfig, output: str) -> dict:
     """The training files as a folder of encoded rows; returns its manifest. Ray has to run."""
-    return encode_folder(plan_units(config.data), config.model, data_options(config), output, config.trust_remote_code)
+    options = data_options(config)
+    plan = EncodePlan(config.model, config.trust_remote_code, options, kind=config.data_kind)
+    if config.data_kind == "prompts":
+        plan = replace(plan, longest_prompt=options.max_length - config.max_new_tokens)
+    return encode_folder(plan_units(config.data), plan, output)
 
 
 def validation_batches(config: TrainConfig, device: torch.device, part: int = 0, parts: int = 1) -> list[Batch]:

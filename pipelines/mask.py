@@ -61,7 +61,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         return folder.manifest()
     connect()
     with user_errors():
-        plan = _with_dropped_rows(plan, shards, config)
+        count_rows = partial(_count_all, shards, _droppable_digits, plan)
+        plan = masking.with_dropped_rows(plan, config.drop_sequences, count_rows)
         thresholds = _thresholds(plan, shards, config, pairs)
         _mask_shards(shards, plan, thresholds, folder, progress)
     _copy_token_classes(source, target)
@@ -118,36 +119,16 @@ def _plan(config: MaskConfig, source: str) -> MaskPlan:
 ROWS = "rows"  # the threshold's name where rows are not pairs; there each branch has one
 
 
-def _with_dropped_rows(plan: MaskPlan, shards: list[str], config: MaskConfig) -> MaskPlan:
-    """The plan with the rows to drop, which takes passes over all shards."""
-    if not config.drop_sequences:
-        return plan
-    fraction = config.drop_sequences
-    drop_up_to = selection.select_key(
-        partial(_count_all, shards, _droppable_digits, plan),
-        num_digits=6,
-        rank_of=lambda rows: int(fraction * rows + 1e-9),
-        whole=False,
-    )
-    return replace(plan, drop_up_to=drop_up_to)
-
-
 def _thresholds(plan: MaskPlan, shards: list[str], config: MaskConfig, pairs: bool) -> Thresholds:
     """The data set's thresholds, by branch for pairs; empty where each response has its own. Passes over all shards."""
     if config.scope != "dataset":
         return {}
     branches = {branch: partial(_pair_digits, branch) for branch in schema.BRANCHES}
     digits_of = branches if pairs else {ROWS: _value_digits}
-    found = {}
-    for name, digits in digits_of.items():
-        key = selection.select_key(
-            partial(_count_all, shards, digits, plan),
-            num_digits=2,
-            rank_of=lambda tokens: tokens and tokens - int(selection.keep_count(plan.keep_fraction, tokens)) + 1,
-        )
-        # No key: there is no token to choose from (all protected, or no row left).
-        found[name] = selection.digits_to_float(*key) if key else np.inf
-    return found
+    return {
+        name: masking.common_threshold(plan.keep_fraction, partial(_count_all, shards, digits, plan))
+        for name, digits in digits_of.items()
+    }
 
 
 def _finite(thresholds: Thresholds, pairs: bool) -> Any:

@@ -5,7 +5,7 @@
     trainer: plain steps, then window after window: give weights away ──> wait ──> train on masked rows ──> ...
                                                           │                ^
                                                           v                │
-    scoring actors:                     direction at these weights ──> values of the window's rows ──> mask
+    scoring actors:  (generate, pair) ──> direction at these weights ──> values of the window's rows ──> mask
 
 Values go stale within a few optimizer steps, so each window of `--refresh-every` steps is valued with the weights of
 its beginning; with `--overlap` with those of the window before, while the trainer works on that one. Weights travel
@@ -70,6 +70,7 @@ def make_schedule(training: Training) -> Schedule:
         plain_steps=config.plain_steps,
         refresh_every=config.refresh_every,
         overlap=config.overlap,
+        generates=bool(config.generate),
     )
 
 
@@ -81,7 +82,7 @@ def valuing_windows(
 
     Yields the seconds spent in each stage.
     """
-    seconds = {"weights": 0.0, "direction": 0.0, "score": 0.0, "mask": 0.0}
+    seconds = dict.fromkeys(["weights", "read", "direction", "score", "mask"], 0.0)
     todo = [window for window in schedule.windows if window.start not in done]
     if not todo:
         yield seconds
@@ -120,32 +121,38 @@ def _value_window(
     lengths: np.ndarray,
     seconds: dict[str, float],
 ) -> None:
-    """Weights -> direction -> values -> masks, for the rows of one window."""
+    """Weights -> (pairs) -> direction -> values -> masks, for the rows of one window."""
     with _timed(seconds, "weights"):
         step, [snapshot] = ask(board.weights.remote(window.weights_step))
     try:
-        with _timed(seconds, "direction"):
-            gradients = [actor.gradient.remote(snapshot) for actor in actors]
-            drift = actors[0].drift.remote(snapshot)
-            direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)
-            ray.wait([direction], fetch_local=False)
-        with _timed(seconds, "score"):
+        with _timed(seconds, "read"):  # and generate and pair, where asked
             rows, _ = schedule.rows_of(window)
-            parts = split_evenly(lengths[rows], len(actors))
-            scored = [
-                actor.score.remote(snapshot, direction, drift, rows[part])
-                for actor, part in zip(actors, parts, strict=True)
-                if len(part)
-            ]
-            ray.wait(scored, num_returns=len(scored), fetch_local=False)
+            parts = [rows[part] for part in split_evenly(lengths[rows], len(actors))]
+            busy = [(actor, part) for actor, part in zip(actors, parts, strict=True) if len(part)]
+            tables = _wait([actor.read.remote(snapshot, part) for actor, part in busy])
+        if not schedule.is_plain(window):
+            with _timed(seconds, "direction"):
+                gradients = [actor.gradient.remote(snapshot) for actor in actors]
+                drift = actors[0].drift.remote(snapshot)
+                direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)
+                _wait([direction])
+            with _timed(seconds, "score"):
+                pairs = zip(busy, tables, strict=True)
+                tables = _wait([actor.score.remote(snapshot, direction, drift, table) for (actor, _), table in pairs])
         with _timed(seconds, "mask"):
             config, output = training.config, training.output
-            summary = ask(write_window.remote(config, schedule, window, step, output, scored))
+            summary = ask(write_window.remote(config, schedule, window, step, output, tables))
     except RayError as error:
         if isinstance(_root(error), ObjectLostError):
             ask(board.forget.remote(step))  # the trainer that owned them has died; its successor gives new ones
         raise
     ask(board.finish.remote(window.start, summary))
+
+
+def _wait(references: list) -> list:
+    """The same, once they are there; what went wrong shows where they are used."""
+    ray.wait(references, num_returns=len(references), fetch_local=False)
+    return references
 
 
 def _with_retries(work: Callable[..., None], *args: Any) -> None:
@@ -182,8 +189,11 @@ def _start_actors(training: Training) -> list:
 
 
 def _row_lengths(shards: list[str]) -> np.ndarray:
-    """Tokens of every row: the actors get equal shares of work."""
-    return np.concatenate([pc.list_value_length(storage.read_table(s, ["input_ids"])["input_ids"]) for s in shards])
+    """Tokens of every row (pair, prompt): the actors get equal shares of work."""
+    names = storage.read_schema(shards[0]).names
+    columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in names]
+    tables = [storage.read_table(shard, columns) for shard in shards]
+    return sum(np.concatenate([pc.list_value_length(table[name]) for table in tables]) for name in columns)
 
 
 @contextmanager

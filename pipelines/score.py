@@ -176,7 +176,8 @@ def _score_units(
     if finished:
         logger.info("resuming: %d rows were already scored", sum(last - first + 1 for first, last in finished))
     options = DataOptions(**config.model_dump(include=set(DataOptions.model_fields)))
-    plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished, pairs)
+    kind = "pairs" if pairs else "rows"
+    plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished, kind)
     low, high = config.actor_range
     threads = torch_threads(high, config.cpus_per_actor)
     scored = encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)).map_batches(

@@ -49,7 +49,8 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
 def _response_tokens(table: pa.Table) -> int:
     if "response_mask" in table.column_names:
         return pc.sum(pc.list_flatten(table["response_mask"])).as_py() or 0
-    return pc.sum(table["num_response_tokens"]).as_py() or 0  # of pairs, which are all scored
+    branches = [name for name in ("chosen_ids", "rejected_ids") if name in table.column_names]
+    return sum(pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in branches)
 
 
 def _id_columns(table: pa.Table) -> list[str]:

@@ -95,7 +95,7 @@ def _finished_state(checkpoint: str | None) -> dict | None:
 def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     """The trainer of the objective with its model and rows. `settings`: see pipelines/train.py."""
     from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
-    from pipelines.live_trainer import LiveSFTTrainer
+    from pipelines.live_trainer import LiveDPOTrainer, LiveSFTTrainer
     from pipelines.trainers import DPOCollator, MaskedDPOTrainer, MaskedSFTTrainer, SFTCollator
 
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -104,6 +104,8 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     live = settings.get("live")
     masked = not (config.in_run or live)  # else the masks come while training
     columns = columns_for(config.objective, settings["columns"], config.weights, reference, masked)
+    if live and config.objective == "dpo":
+        columns = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in settings["columns"]]
     shared = {
         "model": load_for_training(config.model, config),
         "args": training_arguments(config, folder, reference),
@@ -124,8 +126,10 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     else:
         collator = DPOCollator(pad, config.max_length, reference, config.dpo_mask, use_masks=not config.in_run)
         name = None if reference else config.reference_model  # LoRA without one: the model without its adapter
+        if live and not name:
+            name = config.model
         ref_model = load_for_training(name, config) if name else None
-        kind = InRunDPOTrainer if config.in_run else MaskedDPOTrainer
+        kind = LiveDPOTrainer if live else InRunDPOTrainer if config.in_run else MaskedDPOTrainer
         trainer = kind(**shared, **more, data_collator=collator, ref_model=ref_model, dpo_mask=config.dpo_mask)
     trainer.remove_callback(PrinterCallback)  # the driver shows the metrics file
     return trainer

@@ -7,16 +7,15 @@
 `age` is the number of steps between the weights behind a row's values and the step that first trains on it.
 """
 
-import time
-
 import numpy as np
 import pyarrow as pa
 import ray
 
-from alphatoken import masking, storage
+from alphatoken import storage
 from alphatoken.masking import MaskPlan
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
+from alphatoken.window_masking import keep_all_pairs, mask_window
 
 SUMMARY = "window.json"
 
@@ -44,12 +43,16 @@ def write_window(
     output: str,
     scored: list[ray.ObjectRef],
 ) -> dict:
-    """Mask a window's scored tables with common thresholds and write them; returns the summary."""
-    started = time.monotonic()
+    """Mask a window's scored tables with common thresholds and write them; returns the summary. A plain window's tables
+    are not scored, and nothing of them is masked.
+    """
     tables: list[pa.Table] = ray.get(scored)
     folder = window_folder(output, window.start)
-    plan = MaskPlan(config.keep_fraction, config.stability_weight)
-    masked = masking.mask_tables(tables, plan, config.drop_sequences, config.scope == "window", folder)
+    if schedule.is_plain(window):
+        masked = [keep_all_pairs(table) for table in tables]
+    else:
+        plan = MaskPlan(config.keep_fraction, config.stability_weight)
+        masked = mask_window(tables, plan, config.drop_sequences, config.scope == "window", folder)
     rows, steps = schedule.rows_of(window)
     counts: dict[str, int] = {}
     oldest = 0
@@ -70,10 +73,6 @@ def write_window(
         "oldest_values": oldest,
         "counts": counts,
         "shards": [storage.join(folder, f"train-{part:05d}.parquet") for part in range(len(masked))],
-        "seconds": {
-            "score": sum(float(table.schema.metadata[b"seconds"]) for table in tables),
-            "mask": round(time.monotonic() - started, 3),
-        },
     }
     storage.write_json(summary, storage.join(folder, SUMMARY))
     return summary

@@ -3,7 +3,6 @@
 The model is loaded once; each window brings it newer weights through Ray's object store.
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,15 +14,18 @@ import torch
 
 from alphatoken import direction as directions
 from alphatoken.exact import Exact
-from alphatoken.model import default_device, load_model
+from alphatoken.model import ScoringModel, default_device, load_model
+from alphatoken.pair_scoring import PairEstimator, check_same_vocabulary, score_pair_table
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.scoring import score_table
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.cluster import prepare_worker
+from pipelines.encode import ENCODED_AS
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
+from pipelines.pair_generator import PairGenerator
 from pipelines.train_data import load_rows
 
-COLUMNS = ["row_id", "id", "input_ids", "response_mask", "truncated"]
+COLUMNS = {kind: found.names for kind, found in ENCODED_AS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,13 @@ class WindowScorer:
         self.options = gradient_options(config, self.device)
         self.validation = validation_batches(config, self.device, part, parts)
         self.fisher, self.reference = load_fisher(config, self.device) or (None, None)
-        self.rows = load_rows(shards, COLUMNS).with_format("arrow")
+        self.rows = load_rows(shards, COLUMNS[config.data_kind]).with_format("arrow")
+        self.policy_reference: ScoringModel | None = None  # dpo: what the policy is tied to
+        if config.objective == "dpo":
+            name = config.reference_model or config.model
+            self.policy_reference = load_model(name, config.score_dtype, self.device, config.trust_remote_code)
+            check_same_vocabulary(self.scoring, self.policy_reference, name)
+        self.generator = PairGenerator(config, self.scoring) if config.generate else None
         self.step: int | None = None
 
     def ready(self) -> None:
@@ -61,20 +69,27 @@ class WindowScorer:
         tensors = {name: tensor.cpu() for name, tensor in found.tensors.items()}
         return directions.MeanGradient(tensors, found.num_rows, found.num_tokens, found.weight)
 
-    def score(
-        self, snapshot: Snapshot, direction: directions.Tensors, drift: directions.Tensors | None, indices: np.ndarray
-    ) -> pa.Table:
-        """SCORED rows, with their index in the data as `row_index` and the seconds that they took as metadata."""
+    def read(self, snapshot: Snapshot, indices: np.ndarray) -> pa.Table:
+        """Encoded rows with their index in the data as `row_index`: from the data, or pairs generated just now."""
+        table = pa.table(self.rows[indices.tolist()]).append_column("row_index", pa.array(indices, pa.int64()))
+        if self.generator is None:
+            return table
         self._load(snapshot)
-        started = time.monotonic()
+        return self.generator(table, snapshot.step)
+
+    def score(
+        self, snapshot: Snapshot, direction: directions.Tensors, drift: directions.Tensors | None, table: pa.Table
+    ) -> pa.Table:
+        """What `read` gave, with the columns of SCORED or SCORED_PAIRS."""
+        self._load(snapshot)
         estimator = self._estimator(direction, drift)
-        table = pa.table(self.rows[indices.tolist()])
-        scored, failures, _ = score_table(table, estimator, self.config.batch_tokens, self.device)
-        scored = scored.append_column("row_index", pa.array(indices, pa.int64()))
-        if failures:  # NaN marks the rows for `mask`, which puts them aside
-            scored = _with_nan(scored, failures)
-        seconds = f"{time.monotonic() - started:.3f}"
-        return scored.replace_schema_metadata({"seconds": seconds})
+        tokens = self.config.batch_tokens
+        if self.policy_reference is None:
+            scored, failures, _ = score_table(table, estimator, tokens, self.device)
+        else:
+            pairs = PairEstimator(estimator, self.scoring, self.policy_reference)
+            scored, failures, _ = score_pair_table(table, pairs, tokens, self.device, self.config.beta)
+        return _with_nan(scored, failures) if failures else scored
 
     def drift(self, snapshot: Snapshot) -> directions.Tensors | None:
         """F * (W - W_ref) at the snapshot; None without a Fisher."""
@@ -116,6 +131,7 @@ def combine(
 
 
 def _with_nan(table: pa.Table, rows: Iterable[int]) -> pa.Table:
+    """NaN marks the rows that masking puts aside."""
     means = table["mean_adaptation"].to_numpy().copy()
     means[list(rows)] = np.nan
     return table.set_column(table.column_names.index("mean_adaptation"), "mean_adaptation", pa.array(means))

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from alphatoken import storage
+from alphatoken.baselines import forward_losses
 from alphatoken.batching import make_batch
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.exact import Exact
+from alphatoken.losses import dpo_omega
 from alphatoken.model import load_model
 from alphatoken.rounds_config import RoundsConfig
 from pipelines.live_values import validation_batches
@@ -206,7 +208,9 @@ def test_what_does_not_fit_is_refused():
         ({"plain_steps": 0}, "needs --plain-steps 1 or more"),
         ({"lora_rank": 2}, "with --lora-rank give --preconditioner none"),
         ({"optimizer": "sgd"}, "needs an AdamW optimizer"),
-        ({"objective": "dpo"}, "rounds train with --objective sft"),
+        ({"generate": 4}, "needs --objective dpo"),
+        ({"generate": 1, "objective": "dpo"}, "a pair needs two responses"),
+        ({"validation_objective": "dpo"}, "is for `alphatoken score`"),
         ({"in_run": True}, "is an option of `alphatoken train`"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -217,3 +221,65 @@ def test_the_schedule_is_the_trainer_s(inputs, tmp_path):
     config = config_of(inputs, tmp_path, num_workers=2, gradient_accumulation=2, max_steps=None, epochs=2)
     found = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30)))
     assert (found.rows_per_forward, found.steps_per_epoch, found.total_steps) == (8, 2, 4)
+
+
+def write_pairs(path: Path, count: int) -> str:
+    draw = random.Random(2)
+    rows = []
+    for number in range(count):
+        prompt, chosen, rejected = (" ".join(draw.choices(WORDS, k=draw.randint(3, 8))) for _ in range(3))
+        rows.append({"id": f"p{number}", "prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_dpo(local_ray, tmp_path, inputs):
+    """Values of pairs have DPO's sign and weight: the library's own, at the weights of the window."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    shared = {"objective": "dpo", "preconditioner": "none", "optimizer": "sgd", "per_device_batch_size": 2}
+    config = config_of(inputs | {"data": [data]}, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
+    manifest = run_rounds(config)
+    assert manifest["rounds"]["windows"] == 1 and manifest["rounds"]["kept_fraction"] < 1
+    ((_, table),) = windows_of(config.output)
+    for name in ("chosen", "rejected"):
+        kept = [sum(mask) for mask in table[f"{name}_mask"].to_pylist()]
+        assert all(kept) and sum(kept) < sum(map(len, table[f"{name}_ids"].to_pylist()))
+    plain = config_of(inputs | {"data": [data]}, tmp_path / "plain", **shared, max_steps=2, refresh_every=2)
+    run_rounds(plain)
+    policy, reference = load_model(f"{plain.output}/model", "float32"), load_model(config.model, "float32")
+    direction = mean_gradient(
+        policy, validation_batches(config, torch.device("cpu")), GradientOptions("all-linear")
+    ).tensors
+    estimator = Exact(policy, "all-linear", direction, method="forward")
+    for row in table.to_pylist():
+        ratios, values = [], []
+        for name in ("chosen", "rejected"):
+            ids = row["prompt_ids"] + row[f"{name}_ids"]
+            batch = make_batch([ids], [[i >= len(row["prompt_ids"]) for i in range(len(ids))]])
+            found = estimator(batch)
+            ratios.append((found.logprobs + forward_losses(reference, batch).losses).sum())
+            values.append(found.adaptation)
+        omega = dpo_omega(*ratios, config.beta)
+        for name, sign, expected in zip(("chosen", "rejected"), (1, -1), values, strict=True):
+            expected = sign * omega * expected
+            assert (torch.tensor(row[f"{name}_adaptation"]) - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_dpo_on_pairs_generated_for_each_window(local_ray, tmp_path, inputs):
+    """Plain windows too: from the first step on, pairs are those of the weights of the moment."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{word} is", "answer": word}) for word in WORDS]
+    prompts.write_text("\n".join(lines) + "\n")
+    config = config_of(
+        inputs | {"data": [str(prompts)]}, tmp_path / "out", objective="dpo", generate=3,
+        verifier="tests.own_verifier:shortest", max_new_tokens=8, max_steps=6, plain_steps=3, per_device_batch_size=2,
+    )  # fmt: skip
+    manifest = run_rounds(config)
+    windows = windows_of(config.output)
+    assert manifest["rounds"]["windows"] == len(windows) == 2
+    assert [summary["weights_step"] for summary, _ in windows] == [0, 3]
+    plain, valued = (table for _, table in windows)
+    assert plain.num_rows and all(all(mask) for mask in plain["chosen_mask"].to_pylist())
+    assert "chosen_adaptation" in valued.column_names and "chosen_adaptation" not in plain.column_names

@@ -1,0 +1,72 @@
+"""Fresh preference pairs for a window: responses of the weights of that moment, judged by a verifier.
+
+Runs in the scoring actor, on the model that it holds: few prompts do not pay for moving weights into an engine.
+`alphatoken generate` and `alphatoken pair` do the same for a whole data set, with vLLM.
+"""
+
+import os
+from collections import Counter
+
+import pyarrow as pa
+
+from alphatoken import schema
+from alphatoken.batching import plan_batches
+from alphatoken.errors import BadRowError
+from alphatoken.generate_config import SamplingOptions
+from alphatoken.model import ScoringModel
+from alphatoken.pairing import Candidate, best_against_worst, distinct
+from alphatoken.rounds_config import RoundsConfig
+from alphatoken.sampling import Sample, draw_samples
+from alphatoken.tokenizer import end_of_turn_ids, load_tokenizer
+from alphatoken.verifiers import load_verifier, score_response
+from pipelines.generate import sample_seed
+
+
+class PairGenerator:
+    """ENCODED_PROMPTS to ENCODED_PAIRS: at most one pair a prompt; the counts of the others go into the metadata."""
+
+    def __init__(self, config: RoundsConfig, scoring: ScoringModel) -> None:
+        self.config, self.scoring = config, scoring
+        self.verify = load_verifier(config.verifier, os.getcwd())
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.ends = end_of_turn_ids(scoring.model.config, self.tokenizer)
+        self.options = SamplingOptions(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+
+    def __call__(self, prompts: pa.Table, step: int) -> pa.Table:
+        """Pairs of the prompts that give one, with their `row_index`; samples differ from step to step."""
+        rows = prompts.to_pylist()
+        found, reasons = [], Counter()
+        for row, samples in zip(rows, self._samples(rows, step), strict=True):
+            try:
+                pair = self._pair(row, samples)
+            except BadRowError as error:
+                reasons[str(error)] += 1
+                continue
+            kept = {name: row[name] for name in ("row_id", "id", "prompt_ids", "row_index")}
+            found.append(kept | pair | {"truncated": False})
+        columns = pa.schema([*schema.ENCODED_PAIRS, pa.field("row_index", pa.int64())])
+        table = pa.Table.from_pylist(found, schema=columns)
+        return table.replace_schema_metadata({f"no pair: {reason}": str(count) for reason, count in reasons.items()})
+
+    def _samples(self, rows: list[dict], step: int) -> list[list[Sample]]:
+        count = self.config.generate
+        prompts = [row["prompt_ids"] for row in rows for _ in range(count)]
+        seeds = [sample_seed(self.config.seed + step, row["row_id"], n) for row in rows for n in range(count)]
+        drawn: dict[int, Sample] = {}
+        lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
+        for group in plan_batches(lengths, self.config.batch_tokens):
+            mine = [prompts[i] for i in group], [seeds[i] for i in group]
+            samples = draw_samples(self.scoring, self.tokenizer, *mine, self.options, self.ends)
+            drawn |= dict(zip(group, samples, strict=True))
+        return [[drawn[first + n] for n in range(count)] for first in range(0, len(prompts), count)]
+
+    def _pair(self, row: dict, samples: list[Sample]) -> dict:
+        """Raises BadRowError with the reason why there is no pair."""
+        candidates = distinct(
+            [Candidate(n, s.text, s.token_ids, s.finish_reason == "stop") for n, s in enumerate(samples)]
+        )
+        scores = [score_response(self.verify, candidate.text, row["answer"]) for candidate in candidates]
+        pairs = best_against_worst(candidates, scores)
+        if isinstance(pairs, str):
+            raise BadRowError(pairs)
+        return {"chosen_ids": pairs[0].chosen.token_ids, "rejected_ids": pairs[0].rejected.token_ids}
