@@ -38,8 +38,12 @@ def prompts(tmp_path_factory) -> str:
     """Six good prompts, one of them twice under the same id, a broken line, one that is too long."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     words = ["two", "three", "four", "five", "red", "blue"]
-    lines = [json.dumps({"id": "same" if i < 2 else f"p{i}", "prompt": f"What is {w}?", "answer": f"{w} boom" if i == 5 else w})
-             for i, w in enumerate(words)]  # fmt: skip
+    ids = ["same", "same", "p2", "p3", "p4", "p5"]
+    answers = [*words[:5], "blue boom"]
+    lines = [
+        json.dumps({"id": name, "prompt": f"What is {word}?", "answer": answer})
+        for name, word, answer in zip(ids, words, answers, strict=True)
+    ]
     path.write_text("\n".join([*lines[:3], "{bad", *lines[3:], json.dumps({"prompt": "word " * 400})]) + "\n")
     return str(path)
 
@@ -254,8 +258,8 @@ def test_the_whole_chain_with_the_real_vllm(tmp_path):
     responses = tmp_path / "responses"
     manifest = run_generate(
         GenerateConfig(
-            model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(responses), limit=12,
-            samples=6, max_new_tokens=32, temperature=0.8, engine="vllm", max_length=512,
+            model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(responses),
+            limit=12, samples=6, max_new_tokens=32, temperature=0.8, engine="vllm", max_length=512,
         )
     )  # fmt: skip
     assert manifest["engine"] == "vllm" and manifest["counts"]["rows_out"] == 72
