@@ -55,7 +55,8 @@ def generated(tiny_checkpoint, prompts, tmp_path_factory):
 
 
 def generate_config(model, prompts, output, **changes) -> GenerateConfig:
-    settings = {"engine": "transformers", "samples": 3, "max_new_tokens": 12, "chat": True, "shard_rows": 6}
+    settings = {"engine": "transformers", "samples": 3, "max_new_tokens": 24, "chat": True, "shard_rows": 6}
+    settings["stop"] = ["e", " "]  # the random model hardly ever ends its turn
     return GenerateConfig(model=model, prompts=[prompts], output=str(output), **(settings | changes))
 
 
