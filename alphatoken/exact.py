@@ -27,11 +27,11 @@ from alphatoken.values import TokenValues
 RELATIVE_STEP = 1e-3
 
 
-def choose_method(method: str, dtype: torch.dtype, parameters: str, num_layers: int) -> str:
-    """auto: central difference where it is precise enough and cheaper, else forward mode.
+def choose_method(method: str, dtype: torch.dtype) -> str:
+    """auto: central difference in float32, where it is precise enough and cheaper; else forward mode.
 
-    Forward mode costs about three passes of the scored layers, central difference two and a second head. bfloat16
-    rounds a small step away.
+    Forward mode costs about three passes of the scored layers, central difference two and a second pass of the head
+    (benchmarks/speed.py). bfloat16 rounds a small step away.
 
     Raises:
         UserError: central difference in bfloat16.
@@ -40,10 +40,7 @@ def choose_method(method: str, dtype: torch.dtype, parameters: str, num_layers: 
         raise UserError("--method central needs --dtype float32: bfloat16 rounds the step away; use --method forward")
     if method != "auto":
         return method
-    if dtype != torch.float32:
-        return "forward"
-    scored = int(parameters.partition(":")[2]) if parameters.startswith("last-layers:") else num_layers
-    return "central" if scored > num_layers // 2 else "forward"
+    return "central" if dtype == torch.float32 else "forward"
 
 
 class Exact:
@@ -60,7 +57,7 @@ class Exact:
         self.scoring = scoring
         self.layers = decoder_layers(scoring.model)
         self.first_layer = None if parameters == "all" else first_scored_layer(scoring.model, parameters)
-        self.method = choose_method(method, scoring.dtype, parameters, len(self.layers))
+        self.method = choose_method(method, scoring.dtype)
         directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
         if self.method == "forward":
             self.tangents = {name: self._tangent(tensors) for name, tensors in directions.items()}
