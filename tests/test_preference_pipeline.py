@@ -38,12 +38,12 @@ def prompts(tmp_path_factory) -> str:
     """Six good prompts, one of them twice under the same id, a broken line, one that is too long."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     words = ["two", "three", "four", "five", "red", "blue"]
-    answers = [f"{word} boom" if i == 5 else word for i, word in enumerate(words)]
-    rows = [
-        {"id": "same" if i < 2 else f"p{i}", "prompt": f"What is {word}?", "answer": answers[i]}
-        for i, word in enumerate(words)
+    ids = ["same", "same", "p2", "p3", "p4", "p5"]
+    answers = [*words[:5], "blue boom"]
+    lines = [
+        json.dumps({"id": name, "prompt": f"What is {word}?", "answer": answer})
+        for name, word, answer in zip(ids, words, answers, strict=True)
     ]
-    lines = [json.dumps(row) for row in rows]
     path.write_text("\n".join([*lines[:3], "{bad", *lines[3:], json.dumps({"prompt": "word " * 400})]) + "\n")
     return str(path)
 
@@ -55,7 +55,8 @@ def generated(tiny_checkpoint, prompts, tmp_path_factory):
 
 
 def generate_config(model, prompts, output, **changes) -> GenerateConfig:
-    settings = {"engine": "transformers", "samples": 3, "max_new_tokens": 12, "chat": True, "shard_rows": 6}
+    settings = {"engine": "transformers", "samples": 3, "max_new_tokens": 24, "chat": True, "shard_rows": 6}
+    settings["stop"] = ["e", " "]  # the random model hardly ever ends its turn
     return GenerateConfig(model=model, prompts=[prompts], output=str(output), **(settings | changes))
 
 
