@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from alphatoken.generate_config import SamplingOptions
 from alphatoken.generation import left_padded, plain_settings
@@ -40,7 +46,7 @@ def draw_samples(
     """One response per prompt and seed."""
     ids, mask = left_padded(prompts)
     draw = SeededDraw(seeds, options.temperature, options.top_p)
-    stopping = {"stop_strings": options.stop, "tokenizer": tokenizer} if options.stop else {}
+    stopping = [StopTexts(tokenizer, options.stop, ids.shape[1])] if options.stop else []
     with plain_settings(scoring):
         generated = scoring.model.generate(
             input_ids=ids.to(scoring.device),
@@ -50,7 +56,7 @@ def draw_samples(
             pad_token_id=min(end_ids, default=0),
             do_sample=False,  # `draw` leaves one token possible
             logits_processor=LogitsProcessorList([draw]),
-            **stopping,
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
     answers = generated[:, ids.shape[1] :].tolist()
     logprobs = torch.stack(draw.logprobs, dim=1).tolist()  # BT
@@ -83,6 +89,20 @@ def _tokens_up_to(token_ids: list[int], stops: list[str], tokenizer: PreTrainedT
         if any(stop in text for stop in stops):
             return length
     return len(token_ids)
+
+
+class StopTexts(StoppingCriteria):
+    """Ends rows whose response has a stop text. transformers' own looks into special tokens too, `finished` does not:
+    rows would end differently alone and beside longer ones.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], start: int) -> None:
+        self.tokenizer, self.stops, self.start = tokenizer, stops, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class SeededDraw(LogitsProcessor):

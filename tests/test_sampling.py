@@ -67,3 +67,12 @@ def test_where_a_response_ends():
     stopped = finished(ids, None, tokenizer, SamplingOptions(max_new_tokens=len(ids), stop=["."]), {end})
     assert (stopped.text, stopped.finish_reason) == ("The answer is four", "stop")
     assert "." in tokenizer.decode(stopped.token_ids) and "And" not in tokenizer.decode(stopped.token_ids)
+
+
+def test_a_stop_text_ends_a_row_alike_alone_and_beside_others(scoring):
+    options = {"stop": ["e", " "], "max_new_tokens": 24}
+    prompts, seeds = [[20 + i] for i in range(24)], list(range(24))
+    together = draw(scoring, prompts, seeds, **options)
+    for prompt, seed, sample in zip(prompts, seeds, together, strict=True):
+        assert draw(scoring, [prompt], [seed], **options)[0].token_ids == sample.token_ids
+    assert {sample.finish_reason for sample in together} >= {"stop"}
