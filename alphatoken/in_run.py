@@ -172,7 +172,7 @@ def keep_by_quantile(
     keep_fraction: float,
     everyones: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> torch.Tensor:
-    """N bool: the (1 - keep_fraction) quantile of the step's batch as threshold, one per branch (METHOD: scope batch).
+    """N bool: the (1 - keep_fraction) quantile of the step's batch as threshold, one per branch.
 
     values N; rows N: row of each token; branches N: 0, or 1 for DPO's rejected responses. `everyones` turns the values
     of a branch here into those of all workers. Ties are kept, and so is the best token of a row that would lose all.

@@ -1,4 +1,4 @@
-"""A table of encoded pairs to a table of scored pairs (METHOD.md, 7; Eq. 14).
+"""A table of encoded pairs to a table of scored pairs (Eq. 14).
 
     s = beta * ((log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)), over whole responses
     omega = beta * sigmoid(-s), held constant

@@ -1,4 +1,4 @@
-"""Values -> masks (METHOD.md, 6), in numpy, without a Python loop over rows.
+"""Values -> masks, in numpy, without a Python loop over rows.
 
     value(t) = adaptation(t) + stability_weight * stability(t)
     keep t where value(t) >= tau, tau = the k-th largest value of the scope, k = max(1, ceil(keep_fraction * n - 1e-9))

@@ -54,7 +54,7 @@ def dpo_gradient(policy, reference, pairs: list[dict], beta: float, names: list[
 
 
 def propagated_values(policy, reference, pair, beta, tensors, linears, value_rows, window) -> dict[str, torch.Tensor]:
-    """delta_p^T M h_p + sum_k A[k, p] delta_k^T M_v h_p per branch, delta from the DPO loss: METHOD 3 and 7."""
+    """delta_p^T M h_p + sum_k A[k, p] delta_k^T M_v h_p per branch, delta from the DPO loss (Eqs. 8, 9, 14)."""
     coefficients = dpo_coefficients(policy, reference, pair, beta)
     found = {}
     for branch in BRANCHES:

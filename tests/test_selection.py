@@ -28,7 +28,7 @@ def flatten(rows):
 
 
 def expected_keep(values, protected, keep_fraction, threshold, min_value):
-    """One row, as METHOD.md says it."""
+    """One row, as the rule says it."""
     values = values.tolist()
     if not values:
         return []

@@ -99,7 +99,7 @@ def test_a_value_depends_on_its_row_alone(architecture):
 
 
 def test_totals_agree_with_exact_values():
-    """Row sums (exact) and column sums (delta^T M h at every position) share their total (METHOD, section 4)."""
+    """Row sums (exact) and column sums (delta^T M h at every position) share their total."""
     from alphatoken.capture import capture
     from alphatoken.contraction import bilinear
     from alphatoken.exact import Exact
