@@ -12,42 +12,78 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import machine
+from benchmarks.evidence import report
+from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.grid import Run, runs
 from benchmarks.evidence.runs import Lab, Study
 
 logger = logging.getLogger("benchmarks.evidence")
-PARTS = ("training", "tables")
+PARTS = ("training", "detection", "tables")
+DETECTION = (("mixed", 0), ("tokens", 0))
 
 
-def key_of(study: Study, run: Run) -> str:
-    """Hash of everything that the result depends on."""
-    settings = {"study": asdict(study), "run": asdict(run)}
+def key_of(settings: dict) -> str:
+    """Hash of everything that a result depends on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def train(study: Study, wanted: list[Run], data_dir: Path, output: Path) -> None:
-    """Every run whose file is missing."""
-    folder = output / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in wanted if not (folder / f"{key_of(study, run)}.json").exists()]
-    logger.info("%d runs wanted, %d to do", len(wanted), len(missing))
-    lab = Lab(data_dir, study) if missing else None
-    for number, run in enumerate(missing):
-        result = lab.run(run.set, run.seed, run.rule, run.measure_at, run.retention_at, run.choices)
-        settings = {"study": asdict(study), "run": asdict(run)}
-        versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-        text = json.dumps(settings | result | {"versions": versions, "machine": machine()}, indent=1)
-        path = folder / f"{key_of(study, run)}.json"
-        path.with_suffix(".tmp").write_text(text + "\n")
-        path.with_suffix(".tmp").rename(path)
-        loss = list(result["target_loss"].values())
-        logger.info("%d/%d %s seed %d, %s: %s", number + 1, len(missing), run.set, run.seed, run.rule.name, loss)
+def write(path: Path, result: dict) -> None:
+    """A finished result with versions and machine; a file that is there is complete."""
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(
+        json.dumps(result | {"versions": versions, "machine": machine()}, indent=1) + "\n"
+    )
+    path.with_suffix(".tmp").rename(path)
+
+
+class Work:
+    """What is missing in the output folder; the model is loaded when something is."""
+
+    def __init__(self, study: Study, data_dir: Path, output: Path) -> None:
+        self.study, self.data_dir, self.output = study, data_dir, output
+
+    @cached_property
+    def lab(self) -> Lab:
+        return Lab(self.data_dir, self.study)
+
+    def train(self, wanted: list[Run]) -> None:
+        """Every run whose file is missing."""
+        todo = []
+        for run in wanted:
+            settings = {"study": asdict(self.study), "run": asdict(run)}
+            path = self.output / "runs" / f"{key_of(settings)}.json"
+            if not path.exists():
+                todo.append((run, settings, path))
+        logger.info("%d runs wanted, %d to do", len(wanted), len(todo))
+        for number, (run, settings, path) in enumerate(todo):
+            result = self.lab.run(run.set, run.seed, run.rule, run.measure_at, run.retention_at, run.choices)
+            write(path, settings | result)
+            losses = list(result["target_loss"].values())
+            logger.info("%d/%d %s seed %d, %s: %s", number + 1, len(todo), run.set, run.seed, run.rule.name, losses)
+
+    def detect(self) -> None:
+        for name, seed in DETECTION:
+            settings = {"study": asdict(self.study), "set": name, "seed": seed, "signals": sorted(SIGNALS)}
+            path = self.output / f"detection-{key_of(settings)}.json"
+            if not path.exists():
+                logger.info("detection, %s seed %d", name, seed)
+                write(path, settings | detect(self.lab, name, seed))
+
+    def tables(self) -> None:
+        from benchmarks.evidence import plots  # matplotlib: the `dev` extra
+
+        results = report.read_results(self.output / "runs")
+        (self.output / "tables.md").write_text(report.all_tables(results, self.output))
+        plots.differences(results, self.output / "differences.png", fewest=2)
+        plots.compute(results, "mixed", self.output / "compute.png")
 
 
 def main() -> None:
@@ -73,8 +109,13 @@ def main() -> None:
         and (arguments.rules is None or run.rule.name in arguments.rules)
     ]
     wanted.sort(key=lambda run: (run.seed,))  # stable: runs of a task stay together
+    work = Work(Study(), arguments.data_dir, arguments.output)
     if "training" in arguments.only:
-        train(Study(), wanted, arguments.data_dir, arguments.output)
+        work.train(wanted)
+    if "detection" in arguments.only:
+        work.detect()
+    if "tables" in arguments.only:
+        work.tables()
 
 
 if __name__ == "__main__":

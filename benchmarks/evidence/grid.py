@@ -61,7 +61,7 @@ VARIANTS = [
     replace(FRESH, name="exact, worst 30%", keep=0.7),
     replace(FRESH, name="exact, worst 10%", keep=0.9),
     replace(FRESH, name="exact, worst 5%", keep=0.95),
-    replace(FRESH, name="exact, below zero", keep=1e-9, min_value=0.0),
+    replace(FRESH, name="exact, below zero", keep=1.0, min_value=0.0),
     replace(FRESH, name="exact, worst 20%, once at step 12", refresh=48),
     replace(FRESH, name="exact, worst 20%, no preconditioner", signal=PLAIN),
     replace(FRESH, name="exact K=3, worst 20%", signal=EXACT_3),
