@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence.data import Row, corrupt_digits, shuffled_words
-from benchmarks.evidence.grid import FRESH, FULL, ORACLE, SUSPECTS, TYPICAL, runs, with_validation
+from benchmarks.evidence.grid import FRESH, FULL, ORACLE, SUSPECT, TYPICAL, runs, with_validation
 from benchmarks.evidence.report import read_results
 from benchmarks.evidence.rules import Rule, Window, typical_rows, weights_of
 from benchmarks.evidence.runs import Record
@@ -16,6 +16,7 @@ from benchmarks.evidence.signals import Values
 from benchmarks.evidence.stats import auroc, gap_closed, mean_interval, paired, precision_recall, ranks
 
 DIGITS = np.arange(100, 110)
+SUSPECT_TOKENS = replace(SUSPECT, loss_width=None)
 
 
 def values(value, loss, lengths) -> Values:
@@ -86,8 +87,8 @@ def test_suspects_are_surprising_and_harmful() -> None:
     known = values(np.ones(100), np.linspace(0, 1, 100), [50, 50])
     more = {"held_out": known, "held_out_classes": np.zeros(100, int)}
     seen = window([-1, 1, -1, -1], [4], loss=np.array([5.0, 5.0, 0.5, 5.0]), classes=[0, 0, 0, 7], **more)
-    assert weights_of(SUSPECTS, seen).tolist() == [0, 1, 1, 1]  # class 7 has too few validation tokens to judge
-    assert weights_of(replace(SUSPECTS, suspect_value=None), seen).tolist() == [0, 0, 1, 1]
+    assert weights_of(SUSPECT_TOKENS, seen).tolist() == [0, 1, 1, 1]  # class 7 has too few validation tokens to judge
+    assert weights_of(replace(SUSPECT_TOKENS, suspect_value=None), seen).tolist() == [0, 0, 1, 1]
 
 
 def test_rows_rule_mixes_ranks() -> None:

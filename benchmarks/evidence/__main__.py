@@ -108,7 +108,6 @@ def main() -> None:
         and (arguments.seeds is None or run.seed in arguments.seeds)
         and (arguments.rules is None or run.rule.name in arguments.rules)
     ]
-    wanted.sort(key=lambda run: (run.seed,))  # stable: runs of a task stay together
     work = Work(Study(), arguments.data_dir, arguments.output)
     if "training" in arguments.only:
         work.train(wanted)

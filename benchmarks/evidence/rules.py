@@ -37,7 +37,7 @@ class Rule:
     negate: bool = False  # drop the highest values
     loss_share: float = 0.0  # rows: share of the loss in the score
     loss_width: float | None = None  # typical: standard deviations of validation rows above their mean
-    value_width: float | None = None  # typical: the same below the mean value
+    value_width: float | None = None  # typical: robust standard deviations below the median mean value
     token_quantile: float | None = None  # suspects: loss above this quantile of validation tokens of the class
     suspect_value: float | None = 0.0  # and value below this; None: whatever the value
     warmup: int = 12
@@ -119,7 +119,9 @@ def typical_rows(rule: Rule, values: Values, held_out: Values) -> np.ndarray:
         keep &= row_means(values, "loss") <= known.mean() + rule.loss_width * known.std(ddof=1)
     if rule.value_width is not None:
         known = row_means(held_out)
-        keep &= row_means(values) >= known.mean() - rule.value_width * known.std(ddof=1)
+        middle = np.median(known)  # one odd validation row must not move the bound: median and absolute deviation
+        spread = 1.4826 * np.median(np.abs(known - middle))
+        keep &= row_means(values) >= middle - rule.value_width * spread
     return keep
 
 

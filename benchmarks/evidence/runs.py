@@ -15,7 +15,7 @@ from benchmarks.evidence import stats
 from benchmarks.evidence.data import Row, Source, Task, batch_of, make_task, read_lines
 from benchmarks.evidence.measure import make_measures
 from benchmarks.evidence.rules import FOLDS, Rule, Window, weights_of
-from benchmarks.evidence.signals import Scorer, Values
+from benchmarks.evidence.signals import Scorer, Signal, Values
 from benchmarks.evidence.suffix import load_suffix
 from benchmarks.evidence.training import Trainer, Training
 
@@ -178,7 +178,7 @@ class Lab:
 
     def _weigh(self, rule: Rule, scorer: Scorer, rows: list[Row], costs: Costs, first: bool) -> dict[int, np.ndarray]:
         """Weights by row id. The first values after a shared start are shared too, with their cost."""
-        key = (rule.signal, rule.is_calibrated, rule.with_validation, rule.warmup, len(rows))
+        key = (rule.signal, rule.is_calibrated, rule.value_width is None, rule.with_validation, rule.warmup, len(rows))
         if first and key in self.first_values:
             values, held_out, clock = self.first_values[key]
         else:
@@ -208,12 +208,12 @@ def held_out_order(validation: list[Row]) -> list[Row]:
 
 
 def _measure(rule: Rule, scorer: Scorer, rows: list[Row]) -> tuple[Values, Values | None]:
-    """(values of rows, values of the validation rows where the rule needs them)."""
-    if not rule.is_calibrated:
-        return scorer.values(rule.signal, rows), None
-    if rule.signal.has_direction:
+    """(values of rows, of the validation rows where the rule needs them; only losses unless it compares values)."""
+    if rule.value_width is not None:
         return scorer.calibrated(rule.signal, rows, FOLDS)
-    return scorer.values(rule.signal, rows), scorer.values(rule.signal, held_out_order(scorer.validation))
+    values = scorer.values(rule.signal, rows)
+    held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation)) if rule.is_calibrated else None
+    return values, held_out
 
 
 def _weight(row: Row, weights: dict[int, np.ndarray]) -> torch.Tensor:
