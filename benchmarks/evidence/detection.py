@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from alphatoken.suspects import row_means
 from benchmarks.evidence import stats
 from benchmarks.evidence.data import Row
 from benchmarks.evidence.grid import EXACT, EXACT_3, EXCESS, LOSS, PLAIN, PROPAGATION_3, SEQUENCE
-from benchmarks.evidence.rules import row_means
 from benchmarks.evidence.runs import Lab
 from benchmarks.evidence.signals import Scorer, Signal, Values
 
@@ -39,7 +39,9 @@ def detect(lab: Lab, name: str, seed: int) -> dict:
             values = {label: scorer.values(signal, rows) for label, signal in SIGNALS.items()}
             for label, value in values.items():
                 sign = 1.0 if label.endswith("high") else -1.0
-                found[label].append(areas(rows, value, sign * value.value, sign * row_means(value)))
+                found[label].append(
+                    areas(rows, value, sign * value.value, sign * row_means(value.value, value.offsets))
+                )
             both = values["exact, AdamW direction"]
             combined.append(areas(rows, both, stats.ranks(both.loss) - stats.ranks(both.value), row_mix(both)))
         lab.trainer.step(task.train[step * size : (step + 1) * size])
@@ -48,7 +50,7 @@ def detect(lab: Lab, name: str, seed: int) -> dict:
 
 
 def row_mix(values: Values) -> np.ndarray:
-    return stats.ranks(row_means(values, "loss")) - stats.ranks(row_means(values))
+    return stats.ranks(row_means(values.loss, values.offsets)) - stats.ranks(row_means(values.value, values.offsets))
 
 
 def areas(rows: list[Row], values: Values, token_scores: np.ndarray, row_scores: np.ndarray) -> dict[str, float]:

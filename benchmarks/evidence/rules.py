@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from alphatoken.selection import keep_tokens, row_thresholds, soft_weights
+from alphatoken.suspects import (
+    loss_bounds,
+    row_loss_bound,
+    row_means,
+    surprising_tokens,
+    suspect_rows,
+    suspect_tokens,
+)
 from benchmarks.evidence.signals import Signal, Values
 from benchmarks.evidence.stats import ranks
 
@@ -76,11 +84,6 @@ def weights_of(rule: Rule, window: Window) -> np.ndarray:
     return keep.astype(np.float32)
 
 
-def row_means(values: Values, which: str = "value") -> np.ndarray:
-    """R: mean value or loss of each row's response tokens."""
-    return np.add.reduceat(getattr(values, which), values.offsets[:-1]) / np.diff(values.offsets)
-
-
 def _token_weights(rule: Rule, window: Window) -> np.ndarray:
     values, offsets = window.values.value.astype(np.float32), window.values.offsets
     if rule.negate:
@@ -106,7 +109,8 @@ def _token_weights(rule: Rule, window: Window) -> np.ndarray:
 
 def _best_rows(rule: Rule, values: Values) -> np.ndarray:
     """R bool: the rows with the best score."""
-    score = (1 - rule.loss_share) * ranks(row_means(values)) - rule.loss_share * ranks(row_means(values, "loss"))
+    score = (1 - rule.loss_share) * ranks(row_means(values.value, values.offsets))
+    score -= rule.loss_share * ranks(row_means(values.loss, values.offsets))
     score = score.astype(np.float32)
     return score >= row_thresholds(score, np.array([0, len(score)]), rule.keep)[0]
 
@@ -115,24 +119,22 @@ def typical_rows(rule: Rule, values: Values, held_out: Values) -> np.ndarray:
     """R bool: rows whose mean loss and mean value could be those of a validation row."""
     keep = np.ones(len(values.offsets) - 1, dtype=bool)
     if rule.loss_width is not None:
-        known = row_means(held_out, "loss")
-        keep &= row_means(values, "loss") <= known.mean() + rule.loss_width * known.std(ddof=1)
+        bound = row_loss_bound(held_out.loss, held_out.offsets, rule.loss_width)
+        keep &= ~suspect_rows(values.loss, values.offsets, bound)
     if rule.value_width is not None:
-        known = row_means(held_out)
+        known = row_means(held_out.value, held_out.offsets)
         middle = np.median(known)  # one odd validation row must not move the bound: median and absolute deviation
         spread = 1.4826 * np.median(np.abs(known - middle))
-        keep &= row_means(values) >= middle - rule.value_width * spread
+        keep &= row_means(values.value, values.offsets) >= middle - rule.value_width * spread
     return keep
 
 
 def suspects(rule: Rule, window: Window) -> np.ndarray:
-    """N bool: surprising for their token class, as validation tokens go (30 or more of it), and of negative value."""
-    found = np.zeros(len(window.classes), dtype=bool)
-    for number in np.unique(window.classes):
-        known = window.held_out.loss[window.held_out_classes == number]
-        if len(known) >= 30:
-            here = window.classes == number
-            found[here] = window.values.loss[here] > np.quantile(known, rule.token_quantile)
-    if rule.suspect_value is not None:
-        found &= window.values.value < rule.suspect_value
-    return found
+    """N bool: tokens that are surprising and, unless the rule does not look at values, harmful."""
+    number = int(window.held_out_classes.max()) + 1
+    bounds = loss_bounds(window.held_out.loss, window.held_out_classes, number, rule.token_quantile)
+    bounds = np.append(bounds, np.inf)  # classes that no validation token has
+    classes = np.minimum(window.classes, number)
+    if rule.suspect_value is None:
+        return surprising_tokens(window.values.loss, classes, bounds)
+    return suspect_tokens(window.values.loss, window.values.value - rule.suspect_value, classes, bounds)
