@@ -82,6 +82,9 @@ class Work:
 
         results = report.read_results(self.output / "runs")
         (self.output / "tables.md").write_text(report.all_tables(results, self.output))
+        readme = self.output.parent / "README.md"
+        if readme.exists():
+            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output)))
         plots.differences(results, self.output / "differences.png", fewest=2)
         plots.compute(results, "mixed", self.output / "compute.png")
 

@@ -31,18 +31,15 @@ def with_validation(rule: Rule) -> Rule:
 
 
 LONG = replace(FULL, steps=max(LONG_STEPS))
-HEADLINE = {
-    "tokens": [LONG, ORACLE, SUSPECT, SURPRISING, FRESH, with_validation(FULL), with_validation(SUSPECT)],
-    "mixed": [LONG, ORACLE, SUSPECT, SURPRISING, FRESH, with_validation(FULL), with_validation(SUSPECT)],
-    "clean": [LONG, SUSPECT, SURPRISING, FRESH],
-}
+CORE = [LONG, ORACLE, SUSPECT, SURPRISING, with_validation(FULL), with_validation(SUSPECT), FRESH]
+HEADLINE = {"tokens": CORE, "mixed": CORE, "clean": [LONG, SUSPECT, SURPRISING, FRESH]}
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
 VARIANTS = [
+    replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     Rule("random 20%", "tokens", RANDOM),
     replace(SUSPECT, name="suspect tokens, rows by loss and value", value_width=2.0),
     replace(SUSPECT, name="suspect tokens, no rows", loss_width=None),
-    replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     replace(SUSPECT, name="suspect tokens and rows, K=3", signal=EXACT_3),
     replace(SUSPECT, name="suspect tokens and rows, value propagation K=3", signal=PROPAGATION_3),
     replace(SUSPECT, name="suspect tokens and rows, no preconditioner", signal=PLAIN),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def steps_cpu(run: dict, steps: int) -> float:
 
 def headline(results: Results, name: str) -> str:
     """Every rule of a set against full SFT at equal steps, best first."""
-    full, oracle = results.losses(name, FULL), results.losses(name, ORACLE)
+    full = results.losses(name, FULL)
     rows = []
     for rule in results.runs[name]:
         if rule.endswith(ADDED):
@@ -86,11 +87,7 @@ def headline(results: Results, name: str) -> str:
         differences = paired(losses, full)
         if not differences:
             continue
-        shared = sorted(losses.keys() & full.keys() & oracle.keys())
-        closed = ""
-        if shared and rule not in (FULL, ORACLE):
-            average = [sum(d[s] for s in shared) / len(shared) for d in (losses, full, oracle)]
-            closed = f"{100 * gap_closed(*average):.0f}%"
+        closed = share_closed(results, name, rule)
         text = paired(
             results.field(name, rule, "retention", "text_loss"), results.field(name, FULL, "retention", "text_loss")
         )
@@ -198,6 +195,51 @@ def detection(folder: Path) -> str:
     keys = sorted({key for found in areas.values() for key in found})
     rows = [[s, *(f"{sum(v) / len(v):.2f}" if (v := found.get(k)) else "" for k in keys)] for s, found in areas.items()]
     return table(["signal", *keys], rows)
+
+
+def summary(results: Results, fewest: int = 2) -> str:
+    """Rules that ran on `fewest` seeds or more: held-out loss minus full SFT for every set, and the gap closed."""
+    names = [name for name in ("clean", "tokens", "mixed") if name in results.runs]
+    rules = [rule for rule in results.runs["tokens"] if rule != FULL and not rule.endswith(ADDED)]
+    rows = []
+    for rule in rules:
+        cells = []
+        for name in names:
+            full = results.losses(name, FULL)
+            differences = paired(results.losses(name, rule), full)
+            closed = share_closed(results, name, rule)
+            cells.append(difference(differences) + (f" ({closed})" if closed else ""))
+        if len(paired(results.losses("tokens", rule), results.losses("tokens", FULL))) >= fewest:
+            cpu = cost(results, "tokens", rule)
+            rows.append([rule, *cells, cpu])
+    return table(["held-out loss minus full SFT (gap closed)", *names, "CPU s train + score"], rows)
+
+
+def share_closed(results: Results, name: str, rule: str) -> str:
+    """Share of the oracle's gap over the seeds that all three have."""
+    found = [results.losses(name, key) for key in (rule, FULL, ORACLE)]
+    shared = sorted(set.intersection(*(set(losses) for losses in found)))
+    if not shared or rule in (FULL, ORACLE):
+        return ""
+    return f"{100 * gap_closed(*(sum(losses[seed] for seed in shared) / len(shared) for losses in found)):.0f}%"
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    for name, block in blocks.items():
+        pattern = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, block=block: match[1] + block + match[2], text, flags=re.DOTALL)
+    return text
+
+
+def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
+    """The tables that docs/results/README.md shows."""
+    blocks = {"summary": summary(results), "detection": detection(folder)}
+    for name in results.runs:
+        blocks[f"validation rows, {name}"] = validation_rows(results, name)
+        blocks[f"equal compute, {name}"] = equal_compute(results, name)
+        blocks[f"all rules, {name}"] = headline(results, name)
+    return blocks
 
 
 def all_tables(results: Results, folder: Path) -> str:
