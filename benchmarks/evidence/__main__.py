@@ -59,7 +59,7 @@ class Work:
         todo = []
         for run in wanted:
             settings = {"study": asdict(self.study), "run": asdict(run)}
-            path = self.output / "runs" / f"{key_of(settings)}.json"
+            path = self.output / "trained" / f"{key_of(settings)}.json"
             if not path.exists():
                 todo.append((run, settings, path))
         logger.info("%d runs wanted, %d to do", len(wanted), len(todo))
@@ -80,7 +80,7 @@ class Work:
     def tables(self) -> None:
         from benchmarks.evidence import plots  # matplotlib: the `dev` extra
 
-        results = report.read_results(self.output / "runs")
+        results = report.read_results(self.output / "trained")
         (self.output / "tables.md").write_text(report.all_tables(results, self.output))
         readme = self.output.parent / "README.md"
         if readme.exists():
@@ -97,20 +97,15 @@ def main() -> None:
     length.add_argument("--short", action="store_true", help="the default")
     length.add_argument("--full", action="store_true", help="more seeds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--sets", nargs="+", help="only these sets")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--tasks", nargs="+", help="only these, as set:seed: tokens:0 clean:1")
     parser.add_argument("--rules", nargs="+", help="only rules with one of these names")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
-    wanted = [
-        run
-        for run in runs(arguments.full)
-        if (arguments.sets is None or run.set in arguments.sets)
-        and (arguments.seeds is None or run.seed in arguments.seeds)
-        and (arguments.rules is None or run.rule.name in arguments.rules)
-    ]
+    wanted = [run for run in runs(arguments.full) if arguments.rules is None or run.rule.name in arguments.rules]
+    if arguments.tasks is not None:
+        wanted = [run for run in wanted if f"{run.set}:{run.seed}" in arguments.tasks]
     work = Work(Study(), arguments.data_dir, arguments.output)
     if "training" in arguments.only:
         work.train(wanted)
