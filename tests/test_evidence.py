@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.evidence.data import Row, corrupt_digits, shuffled_words
 from benchmarks.evidence.grid import FRESH, FULL, ORACLE, SUSPECT, TYPICAL, runs, with_validation
-from benchmarks.evidence.report import read_results
+from benchmarks.evidence.report import fill, read_results, summary
 from benchmarks.evidence.rules import Rule, Window, typical_rows, weights_of
 from benchmarks.evidence.runs import Record
 from benchmarks.evidence.signals import Values
@@ -149,3 +149,19 @@ def test_full_sft_is_compared_at_equal_steps(tmp_path) -> None:
     assert results.losses("mixed", "full") == {0: 1.2}
     assert results.losses("mixed", "full", 72) == {0: 1.1}
     assert with_validation(FULL).steps == 54
+
+
+def test_summary_is_paired_and_filled_into_the_text(tmp_path) -> None:
+    losses = {"full": [1.2, 1.4], "oracle": [1.0, 1.2], "rule": [1.1, 1.3]}
+    for rule, by_seed in losses.items():
+        for seed, loss in enumerate(by_seed):
+            run = {
+                "run": {"set": "tokens", "seed": seed, "rule": {"name": rule, "steps": 48}},
+                "target_loss": {"48": loss},
+                "cpu_seconds": {"train": 10.0, "score": 5.0},
+            }
+            (tmp_path / f"{rule}{seed}.json").write_text(json.dumps(run))
+    found = summary(read_results(tmp_path))
+    assert "| rule | -0.1000 ± 0.0000 (50%) | 10 + 5 |" in found
+    text = fill("a\n<!-- table: summary -->\nold\n<!-- end -->\nb\n", {"summary": found})
+    assert "old" not in text and found in text and text.endswith("<!-- end -->\nb\n")
