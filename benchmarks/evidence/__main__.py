@@ -85,7 +85,7 @@ class Work:
         readme = self.output.parent / "README.md"
         if readme.exists():
             readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output)))
-        plots.differences(results, self.output / "differences.png", fewest=2)
+        plots.differences(results, self.output / "differences.png", fewest=1)
         plots.compute(results, "mixed", self.output / "compute.png")
 
 

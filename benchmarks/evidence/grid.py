@@ -36,8 +36,9 @@ HEADLINE["clean"] = [FULL, SUSPECT, SURPRISING]
 CONTROLS = [with_validation(FULL), with_validation(SUSPECT), FRESH]
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
-SHORT_VARIANTS = 4  # the first ones
+SHORT_VARIANTS = 5  # the first ones
 VARIANTS = [
+    replace(SUSPECT, name="surprising tokens at 90% and rows", signal=LOSS, suspect_value=None),
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     Rule("random 20%", "tokens", RANDOM),
     replace(SUSPECT, name="suspect tokens, rows by loss and value", value_width=2.0),

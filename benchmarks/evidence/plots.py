@@ -54,7 +54,7 @@ def compute(results: Results, name: str, path: Path) -> None:
             continue
         for step in sorted({int(key) for run in by_seed.values() for key in run["target_loss"]}):
             losses = results.losses(name, rule, step)
-            if len(losses) < 2:
+            if not losses:
                 continue
             cpu = [
                 run["cpu_seconds"]["train"] * step / run["run"]["rule"]["steps"] + run["cpu_seconds"]["score"]

@@ -155,7 +155,7 @@ def equal_compute(results: Results, name: str) -> str:
                 [f"full SFT, {step} steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"]
             )
     for rule, by_seed in results.runs[name].items():
-        if not rule.startswith(FULL) and not rule.endswith(ADDED) and len(by_seed) > 1:
+        if not rule.startswith(FULL) and not rule.endswith(ADDED):
             seconds = [sum(run["cpu_seconds"].values()) for run in by_seed.values()]
             losses = results.losses(name, rule)
             rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"])
@@ -197,7 +197,7 @@ def detection(folder: Path) -> str:
     return table(["signal", *keys], rows)
 
 
-def summary(results: Results, fewest: int = 2) -> str:
+def summary(results: Results, fewest: int = 1) -> str:
     """Rules that ran on `fewest` seeds or more: held-out loss minus full SFT for every set, and the gap closed."""
     names = [name for name in ("clean", "tokens", "mixed") if name in results.runs]
     rules = [rule for rule in results.runs["tokens"] if rule != FULL and not rule.endswith(ADDED)]
