@@ -1,0 +1,110 @@
+"""Which runs the study has: rules, sets and seeds, in the order in which they run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks.evidence.rules import Rule
+from benchmarks.evidence.signals import Signal
+
+LOSS, RANDOM, EXCESS = Signal("loss"), Signal("random"), Signal("excess_loss")
+EXACT = Signal()
+PLAIN = Signal(preconditioner="none")
+EXACT_3 = Signal(parameters="last-layers:3")
+PROPAGATION_3 = Signal("value_propagation", "last-layers:3")
+PUBLISHED = Signal("value_propagation", "last-layers:3", preconditioner="none")
+SEQUENCE = Signal(normalization="sequence")
+
+FULL = Rule("full")
+ORACLE = Rule("oracle", "oracle")
+FRESH = Rule("exact, worst 20%", "tokens", EXACT)
+SUSPECT = Rule("suspect tokens and rows", "typical", EXACT, loss_width=3.0, token_quantile=0.9)
+SURPRISING = Rule(
+    "surprising tokens and rows", "typical", LOSS, loss_width=3.0, token_quantile=0.95, suspect_value=None
+)
+
+LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
+
+
+def with_validation(rule: Rule) -> Rule:
+    """The 24 validation rows are training rows too: 54 steps, every row once."""
+    return replace(rule, name=f"{rule.name} + validation rows", with_validation=True, steps=54)
+
+
+LONG = replace(FULL, steps=max(LONG_STEPS))
+HEADLINE = {"tokens": [FULL, ORACLE, SUSPECT, SURPRISING], "mixed": [FULL, ORACLE, SUSPECT, SURPRISING]}
+HEADLINE["clean"] = [FULL, SUSPECT, SURPRISING]
+CONTROLS = [with_validation(FULL), with_validation(SUSPECT), FRESH]
+
+TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
+SHORT_VARIANTS = 5  # the first ones
+VARIANTS = [
+    replace(SUSPECT, name="surprising tokens at 90% and rows", signal=LOSS, suspect_value=None),
+    replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
+    Rule("random 20%", "tokens", RANDOM),
+    replace(SUSPECT, name="suspect tokens, rows by loss and value", value_width=2.0),
+    replace(SUSPECT, name="suspect tokens, no rows", loss_width=None),
+    replace(SUSPECT, name="suspect tokens and rows, K=3", signal=EXACT_3),
+    replace(SUSPECT, name="suspect tokens and rows, value propagation K=3", signal=PROPAGATION_3),
+    replace(SUSPECT, name="suspect tokens and rows, no preconditioner", signal=PLAIN),
+    TYPICAL,
+    Rule("loss, highest 20%", "tokens", LOSS, negate=True),
+    replace(FRESH, name="exact, worst 10%", keep=0.9),
+    replace(FRESH, name="exact, worst 20%, no preconditioner", signal=PLAIN),
+    replace(FRESH, name="value propagation K=3, worst 20%", signal=PROPAGATION_3),
+    replace(FRESH, name="value propagation K=3 as published, worst 50%", signal=PUBLISHED, keep=0.5),
+    replace(FRESH, name="exact, worst 20%, once at step 12", refresh=48),
+    replace(FRESH, name="exact, worst 20%, once at the start", warmup=0, refresh=48),
+    replace(FRESH, name="exact, below zero", keep=1.0, min_value=0.0),
+    Rule("excess loss, lowest 20%", "tokens", EXCESS),
+    Rule("rows by value and loss, worst 30%", "rows", EXACT, keep=0.7, loss_share=0.5),
+    replace(FRESH, name="exact, worst 20%, soft weights", soft=True),
+    replace(FRESH, name="exact, worst 20%, per sequence", scope="sequence"),
+    replace(FRESH, name="exact, worst 20%, per class", scope="class"),
+    replace(FRESH, name="exact, worst 20%, class means removed", center=True),
+    replace(FRESH, name="exact, worst 20%, end-of-turn and digits protected", protect=("end-of-turn", "digits")),
+    replace(FRESH, name="exact K=3, worst 20%", signal=EXACT_3),
+    replace(FRESH, name="exact, worst 30%", keep=0.7),
+    replace(FRESH, name="exact, worst 5%", keep=0.95),
+    replace(FRESH, name="exact, worst 20%, directions of unit rows", signal=SEQUENCE),
+    replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4),
+    replace(SUSPECT, name="suspect tokens and rows, every 4 steps", refresh=4),
+    replace(FULL, name="full, 112 steps", steps=112),
+    with_validation(ORACLE),
+    with_validation(FRESH),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: where, under which rule, measured at which steps, with multiple choice or without."""
+
+    set: str
+    seed: int
+    rule: Rule
+    measure_at: tuple[int, ...]
+    retention_at: int
+    choices: bool = False
+
+
+def run_of(name: str, seed: int, rule: Rule) -> Run:
+    """On the first seed full SFT goes on past the step at which it is compared."""
+    choices = (name, seed) == ("mixed", 0) and (rule in HEADLINE["mixed"] or rule in CONTROLS)
+    if rule == FULL and seed == 0:
+        return Run(name, seed, LONG, LONG_STEPS, LONG_STEPS[0], choices)
+    if rule == with_validation(FULL):
+        return Run(name, seed, rule, (48, 54), 54, choices)
+    return Run(name, seed, rule, (rule.steps,), rule.steps, choices)
+
+
+def runs(full: bool) -> Iterator[Run]:
+    """Headline rules and controls on three seeds (full: five), then a few variants on one (full: all on three)."""
+    seeds = range(5 if full else 3)
+    for seed in seeds:
+        for name, rules in HEADLINE.items():
+            yield from (run_of(name, seed, rule) for rule in rules)
+    for seed in seeds:
+        for name in ("tokens", "mixed"):
+            yield from (run_of(name, seed, rule) for rule in CONTROLS)
+    for seed in range(3 if full else 1):
+        for name in ("tokens", "mixed"):
+            yield from (run_of(name, seed, rule) for rule in (VARIANTS if full else VARIANTS[:SHORT_VARIANTS]))

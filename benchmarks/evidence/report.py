@@ -1,0 +1,261 @@
+"""Tables (Markdown) from the JSON of finished runs. No figure is written by hand."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.evidence.stats import gap_closed, mean_interval, paired
+
+FULL, ORACLE = "full", "oracle"
+ADDED = " + validation rows"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished runs by set and rule name, then by seed."""
+
+    runs: dict[str, dict[str, dict[int, dict]]]
+
+    def losses(self, name: str, rule: str, step: int | None = None) -> dict[int, float]:
+        """Held-out loss by seed, at the rule's own last step or at `step`."""
+        found = {}
+        for seed, run in self.runs[name].get(rule, {}).items():
+            losses = {int(key): value for key, value in run["target_loss"].items()}
+            at = step or (min(losses) if rule == FULL else max(losses))
+            if at in losses:
+                found[seed] = losses[at]
+        return found
+
+    def field(self, name: str, rule: str, *path: str) -> dict[int, float]:
+        """A figure of each run by seed; runs without it are left out."""
+        found = {}
+        for seed, run in self.runs[name].get(rule, {}).items():
+            value = run
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, int | float) and not math.isnan(value):
+                found[seed] = value
+        return found
+
+
+def read_results(folder: Path) -> Results:
+    runs: dict = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        setting = run["run"]
+        runs[setting["set"]][setting["rule"]["name"]][setting["seed"]] = run
+    return Results(runs)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def mean(values: dict[int, float]) -> str:
+    return f"{sum(values.values()) / len(values):.3f}" if values else ""
+
+
+def difference(differences: list[float]) -> str:
+    """Mean and 95% interval over seeds; a single seed has none."""
+    if not differences:
+        return ""
+    value, width = mean_interval(differences)
+    return f"{value:+.4f}" + ("" if math.isnan(width) else f" ± {width:.4f}")
+
+
+def wins(differences: list[float]) -> str:
+    return f"{sum(d < 0 for d in differences)} of {len(differences)}"
+
+
+def steps_cpu(run: dict, steps: int) -> float:
+    """CPU seconds of training up to a step, from the run's mean per step."""
+    return run["cpu_seconds"]["train"] * steps / run["run"]["rule"]["steps"]
+
+
+def headline(results: Results, name: str) -> str:
+    """Every rule of a set against full SFT at equal steps, best first."""
+    full = results.losses(name, FULL)
+    rows = []
+    for rule in results.runs[name]:
+        if rule.endswith(ADDED):
+            continue
+        losses = results.losses(name, rule)
+        differences = paired(losses, full)
+        if not differences:
+            continue
+        closed = share_closed(results, name, rule)
+        text = paired(
+            results.field(name, rule, "retention", "text_loss"), results.field(name, FULL, "retention", "text_loss")
+        )
+        found = [results.field(name, rule, "detection", key) for key in ("dropped", "precision", "recall")]
+        rows.append((
+            sum(differences) / len(differences),
+            [
+                rule,
+                str(len(differences)),
+                mean(losses),
+                "" if rule == FULL else difference(differences),
+                "" if rule == FULL else wins(differences),
+                closed,
+                "" if rule == FULL else difference(text),
+                *("" if rule == FULL else _percent(values) for values in found),
+                cost(results, name, rule),
+            ],
+        ))  # fmt: skip
+    columns = [
+        "rule", "seeds", "held-out loss", "minus full SFT", "better in", "oracle's gap closed",
+        "general text loss minus full", "dropped", "of it noise", "of noise dropped", "CPU s train + score",
+    ]  # fmt: skip
+    return table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def _percent(values: dict[int, float]) -> str:
+    return f"{100 * sum(values.values()) / len(values):.0f}%" if values else ""
+
+
+def cost(results: Results, name: str, rule: str) -> str:
+    runs = results.runs[name][rule].values()
+    train = [steps_cpu(run, 48) if rule == FULL else run["cpu_seconds"]["train"] for run in runs]
+    score = [run["cpu_seconds"]["score"] for run in runs]
+    return f"{sum(train) / len(train):.0f} + {sum(score) / len(score):.0f}"
+
+
+def validation_rows(results: Results, name: str) -> str:
+    """Rules when the validation rows are training rows as well, for both sides."""
+    base = FULL + ADDED
+    rows = []
+    for rule in results.runs[name]:
+        losses = results.losses(name, rule, 54) if rule.endswith(ADDED) else {}
+        if losses:
+            differences = paired(losses, results.losses(name, base, 54))
+            rows.append([rule, str(len(losses)), mean(losses), "" if rule == base else difference(differences),
+                         "" if rule == base else wins(differences), cost(results, name, rule)])  # fmt: skip
+    at_48 = results.losses(name, base, 48)
+    if at_48:
+        rows.append([f"{base}, at 48 steps", str(len(at_48)), mean(at_48), "", "", ""])
+    columns = ["rule, 54 steps", "seeds", "held-out loss", f"minus {base}", "better in", "CPU s train + score"]
+    return table(columns, sorted(rows, key=lambda row: row[2]))
+
+
+def equal_compute(results: Results, name: str) -> str:
+    """Full SFT with more steps, and what every rule cost."""
+    rows = []
+    for rule, by_seed in results.runs[name].items():
+        if not rule.startswith(FULL) or rule.endswith(ADDED):
+            continue
+        steps = sorted({int(key) for run in by_seed.values() for key in run["target_loss"]})
+        for step in steps:
+            losses = results.losses(name, rule, step)
+            seconds = [steps_cpu(run, step) for seed, run in by_seed.items() if seed in losses]
+            rows.append(
+                [f"full SFT, {step} steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"]
+            )
+    for rule, by_seed in results.runs[name].items():
+        if not rule.startswith(FULL) and not rule.endswith(ADDED):
+            seconds = [sum(run["cpu_seconds"].values()) for run in by_seed.values()]
+            losses = results.losses(name, rule)
+            rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"])
+    return table(["", "seeds", "held-out loss", "CPU s, scoring included"], sorted(rows, key=lambda r: float(r[3])))
+
+
+def dropped_by(results: Results, name: str, what: str) -> str:
+    """Share of the tokens dropped, by kind of row or class of token."""
+    rules = {rule: by_seed for rule, by_seed in results.runs[name].items() if rule != FULL and not rule.endswith(ADDED)}
+    keys = sorted({key for runs in rules.values() for run in runs.values() for key in run["detection"].get(what, {})})
+    rows = []
+    for rule in sorted(rules):
+        rows.append([rule, *(_percent(results.field(name, rule, "detection", what, key)) for key in keys)])
+    return table(["rule", *keys], rows)
+
+
+def choices(results: Results, name: str) -> str:
+    """Accuracy of multiple choice after training."""
+    rows = []
+    for rule in results.runs[name]:
+        found = [results.field(name, rule, "retention", key) for key in ("hellaswag", "arc")]
+        if all(found):
+            rows.append([rule, str(len(found[0])), *(_percent(values) for values in found)])
+    return table(["rule", "seeds", "HellaSwag", "ARC challenge"], rows)
+
+
+def detection(folder: Path) -> str:
+    """AUROC of the signals, mean over checkpoints and files (one for each set and seed)."""
+    areas: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("detection-*.json")):
+        run = json.loads(path.read_text())
+        for signal, checkpoints in run["auroc"].items():
+            for checkpoint in checkpoints:
+                for key, value in checkpoint.items():
+                    if not math.isnan(value):
+                        areas[signal][f"{run['set']}: {key}"].append(value)
+    keys = sorted({key for found in areas.values() for key in found})
+    rows = [[s, *(f"{sum(v) / len(v):.2f}" if (v := found.get(k)) else "" for k in keys)] for s, found in areas.items()]
+    return table(["signal", *keys], rows)
+
+
+def summary(results: Results, fewest: int = 1) -> str:
+    """Rules that ran on `fewest` seeds or more: held-out loss minus full SFT for every set, and the gap closed."""
+    names = [name for name in ("clean", "tokens", "mixed") if name in results.runs]
+    rules = [rule for rule in results.runs["tokens"] if rule != FULL and not rule.endswith(ADDED)]
+    rows = []
+    for rule in rules:
+        cells = []
+        for name in names:
+            full = results.losses(name, FULL)
+            differences = paired(results.losses(name, rule), full)
+            closed = share_closed(results, name, rule)
+            cells.append(difference(differences) + (f" ({closed})" if closed else ""))
+        if len(paired(results.losses("tokens", rule), results.losses("tokens", FULL))) >= fewest:
+            cpu = cost(results, "tokens", rule)
+            rows.append([rule, *cells, cpu])
+    return table(["held-out loss minus full SFT (gap closed)", *names, "CPU s train + score"], rows)
+
+
+def share_closed(results: Results, name: str, rule: str) -> str:
+    """Share of the oracle's gap over the seeds that all three have."""
+    found = [results.losses(name, key) for key in (rule, FULL, ORACLE)]
+    shared = sorted(set.intersection(*(set(losses) for losses in found)))
+    if not shared or rule in (FULL, ORACLE):
+        return ""
+    return f"{100 * gap_closed(*(sum(losses[seed] for seed in shared) / len(shared) for losses in found)):.0f}%"
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    for name, block in blocks.items():
+        pattern = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, block=block: match[1] + block + match[2], text, flags=re.DOTALL)
+    return text
+
+
+def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
+    """The tables that docs/results/README.md shows."""
+    blocks = {"summary": summary(results), "detection": detection(folder)}
+    for name in results.runs:
+        blocks[f"validation rows, {name}"] = validation_rows(results, name)
+        blocks[f"equal compute, {name}"] = equal_compute(results, name)
+        blocks[f"all rules, {name}"] = headline(results, name)
+    return blocks
+
+
+def all_tables(results: Results, folder: Path) -> str:
+    """The whole document."""
+    parts = ["# Tables\n\nWritten by `python -m benchmarks.evidence` from the JSON files beside this one.\n"]
+    for name in sorted(results.runs):
+        parts += [f"## {name}: against full SFT at equal steps\n", headline(results, name)]
+        if any(rule.endswith(ADDED) for rule in results.runs[name]):
+            parts += [f"## {name}: with the validation rows in the training data\n", validation_rows(results, name)]
+        parts += [f"## {name}: equal compute\n", equal_compute(results, name)]
+        parts += [f"## {name}: share of tokens dropped, by kind of row\n", dropped_by(results, name, "dropped_by_kind")]
+        parts += [
+            f"## {name}: share of tokens dropped, by token class\n",
+            dropped_by(results, name, "dropped_by_class"),
+        ]
+    parts += ["## Multiple choice after training on the set mixed\n", choices(results, "mixed")]
+    if list(folder.glob("detection-*.json")):
+        parts += ["## Which signal finds the noise (AUROC)\n", detection(folder)]
+    return "\n".join(parts)

@@ -1,0 +1,140 @@
+"""From values to weights of a window's tokens: every rule of the study as a pure function of numpy arrays.
+
+N response tokens of R rows, flat, row r at offsets[r]:offsets[r + 1]. Thresholds are the library's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphatoken.selection import keep_tokens, row_thresholds, soft_weights
+from alphatoken.suspects import (
+    loss_bounds,
+    row_loss_bound,
+    row_means,
+    surprising_tokens,
+    suspect_rows,
+    suspect_tokens,
+)
+from benchmarks.evidence.signals import Signal, Values
+from benchmarks.evidence.stats import ranks
+
+FOLDS = 4  # of the validation rows, for typical rows
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule and its schedule.
+
+    choose   all: everything is kept; oracle: exactly the noise is dropped
+             tokens: the lowest values of the window (or sequence, or class) are dropped
+             rows: whole rows with the lowest score, a mix of the ranks of mean value and mean loss
+             typical: rows that validation rows do not look like are dropped (mean loss too high or mean value too
+             low), and in the others tokens that are surprising and harmful (loss too high and value below zero)
+    """
+
+    name: str
+    choose: str = "all"
+    signal: Signal | None = None
+    keep: float = 0.8
+    min_value: float | None = None
+    scope: str = "window"  # window | sequence | class
+    protect: tuple[str, ...] = ()
+    center: bool = False  # subtract each token class's mean value first
+    soft: bool = False
+    negate: bool = False  # drop the highest values
+    loss_share: float = 0.0  # rows: share of the loss in the score
+    loss_width: float | None = None  # typical: standard deviations of validation rows above their mean
+    value_width: float | None = None  # typical: robust standard deviations below the median mean value
+    token_quantile: float | None = None  # suspects: loss above this quantile of validation tokens of the class
+    suspect_value: float | None = 0.0  # and value below this; None: whatever the value
+    warmup: int = 12
+    refresh: int = 12
+    steps: int = 48
+    with_validation: bool = False  # validation rows are training rows too
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.loss_width is not None or self.value_width is not None or self.token_quantile is not None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a rule may look at."""
+
+    values: Values
+    classes: np.ndarray  # N int, token class numbers
+    held_out: Values | None = None  # validation rows, each valued without itself
+    held_out_classes: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def weights_of(rule: Rule, window: Window) -> np.ndarray:
+    """float32 N: the weight of every response token; 0 where dropped."""
+    values = window.values
+    keep = np.ones(len(values.value), dtype=bool)
+    if rule.choose == "tokens":
+        return _token_weights(rule, window)
+    if rule.choose == "rows":
+        keep &= np.repeat(_best_rows(rule, values), np.diff(values.offsets))
+    if rule.choose == "typical":
+        keep &= np.repeat(typical_rows(rule, values, window.held_out), np.diff(values.offsets))
+        if rule.token_quantile is not None:
+            keep &= ~suspects(rule, window)
+    return keep.astype(np.float32)
+
+
+def _token_weights(rule: Rule, window: Window) -> np.ndarray:
+    values, offsets = window.values.value.astype(np.float32), window.values.offsets
+    if rule.negate:
+        values = -values
+    if rule.center:
+        for number in np.unique(window.classes):
+            values[window.classes == number] -= values[window.classes == number].mean()
+    if rule.scope == "class":  # rank inside the class: equal shares of every class go
+        for number in np.unique(window.classes):
+            values[window.classes == number] = ranks(values[window.classes == number])
+    protected = None
+    if rule.protect:
+        protected = np.isin(window.classes, [window.class_names.index(name) for name in rule.protect])
+    threshold = None
+    if rule.scope != "sequence":
+        open_values = values if protected is None else values[~protected]
+        threshold = float(row_thresholds(open_values, np.array([0, len(open_values)]), rule.keep)[0])
+    keep = keep_tokens(values, offsets, rule.keep, protected, threshold, rule.min_value)
+    if rule.soft:
+        return soft_weights(values, keep, offsets)
+    return keep.astype(np.float32)
+
+
+def _best_rows(rule: Rule, values: Values) -> np.ndarray:
+    """R bool: the rows with the best score."""
+    score = (1 - rule.loss_share) * ranks(row_means(values.value, values.offsets))
+    score -= rule.loss_share * ranks(row_means(values.loss, values.offsets))
+    score = score.astype(np.float32)
+    return score >= row_thresholds(score, np.array([0, len(score)]), rule.keep)[0]
+
+
+def typical_rows(rule: Rule, values: Values, held_out: Values) -> np.ndarray:
+    """R bool: rows whose mean loss and mean value could be those of a validation row."""
+    keep = np.ones(len(values.offsets) - 1, dtype=bool)
+    if rule.loss_width is not None:
+        bound = row_loss_bound(held_out.loss, held_out.offsets, rule.loss_width)
+        keep &= ~suspect_rows(values.loss, values.offsets, bound)
+    if rule.value_width is not None:
+        known = row_means(held_out.value, held_out.offsets)
+        middle = np.median(known)  # one odd validation row must not move the bound: median and absolute deviation
+        spread = 1.4826 * np.median(np.abs(known - middle))
+        keep &= row_means(values.value, values.offsets) >= middle - rule.value_width * spread
+    return keep
+
+
+def suspects(rule: Rule, window: Window) -> np.ndarray:
+    """N bool: tokens that are surprising and, unless the rule does not look at values, harmful."""
+    number = int(window.held_out_classes.max()) + 1
+    bounds = loss_bounds(window.held_out.loss, window.held_out_classes, number, rule.token_quantile)
+    bounds = np.append(bounds, np.inf)  # classes that no validation token has
+    classes = np.minimum(window.classes, number)
+    if rule.suspect_value is None:
+        return surprising_tokens(window.values.loss, classes, bounds)
+    return suspect_tokens(window.values.loss, window.values.value - rule.suspect_value, classes, bounds)

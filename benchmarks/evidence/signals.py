@@ -1,0 +1,191 @@
+"""Values of a window's response tokens at the current weights, by the library's estimators.
+
+A signal says what is computed; `Scorer` computes it for rows, with the optimizer's own second moments where asked.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from alphatoken.baselines import Baseline, random_values
+from alphatoken.direction import (
+    GradientOptions,
+    Tensors,
+    adam_scale,
+    add_into,
+    batch_gradient,
+)
+from alphatoken.exact import Exact
+from alphatoken.model import ScoringModel
+from alphatoken.value_propagation import ValuePropagation
+from benchmarks.evidence.data import Row, batch_of, batches_of
+
+
+@dataclass(frozen=True)
+class Signal:
+    """name: exact, value_propagation, loss, entropy, excess_loss or random. The rest is for the first two."""
+
+    name: str = "exact"
+    parameters: str = "all-linear"
+    preconditioner: str = "adam"
+    normalization: str = "token"
+    without_end_of_turn: bool = False  # weight 0 for end-of-turn tokens in the validation loss
+
+    @property
+    def has_direction(self) -> bool:
+        return self.name in ("exact", "value_propagation")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Flat over the response tokens of rows, in row order."""
+
+    value: np.ndarray  # N
+    loss: np.ndarray  # N
+    offsets: np.ndarray  # R + 1
+
+
+class Scorer:
+    """Computes signals on one model. `moments` gives the optimizer's second moments by parameter name."""
+
+    def __init__(
+        self,
+        scoring: ScoringModel,
+        validation: list[Row],
+        moments: Callable[[], Tensors],
+        end_of_turn: list[int],
+        seed: int,
+    ) -> None:
+        self.scoring, self.validation, self.moments, self.seed = scoring, validation, moments, seed
+        self.end_of_turn = end_of_turn
+        self.reference: ScoringModel | None = None
+
+    def values(self, signal: Signal, rows: list[Row]) -> Values:
+        """Values of `rows` under the direction of all validation rows."""
+        if not signal.has_direction:
+            return score(self._baseline(signal), rows)
+        gradients, weights = self._gradients(signal, self.validation)
+        return score(self._along(signal, mean_of(gradients, weights)), rows)
+
+    def calibrated(self, signal: Signal, rows: list[Row], folds: int) -> tuple[Values, Values]:
+        """(values of rows, values of the validation rows), each fold's under the direction of the other folds."""
+        parts = [self.validation[fold::folds] for fold in range(folds)]
+        sums = [self._gradients(signal, part) for part in parts]
+        whole = mean_of([g for gs, _ in sums for g in gs], [w for _, ws in sums for w in ws])
+        found = score(self._along(signal, whole), rows)
+        held_out = []
+        for fold, part in enumerate(parts):
+            others = [s for other, s in enumerate(sums) if other != fold]
+            direction = mean_of([g for gs, _ in others for g in gs], [w for _, ws in others for w in ws])
+            held_out.append(score(self._along(signal, direction), part))
+        return found, joined(held_out)
+
+    def _gradients(self, signal: Signal, rows: list[Row]) -> tuple[list[Tensors], list[float]]:
+        """Summed gradient of `rows` and its weight (per row of unit length where normalised by sequence)."""
+        class_weights = None
+        if signal.without_end_of_turn:
+            class_weights = torch.ones(self.scoring.model.config.vocab_size)
+            class_weights[self.end_of_turn] = 0.0
+        options = GradientOptions(
+            signal.parameters,
+            signal.normalization,
+            "response" if signal.name == "value_propagation" else "all",
+            class_weights,
+        )
+        total: Tensors = {}
+        weight = 0.0
+        by_row = signal.normalization == "sequence"
+        for batch in [batch_of([row]) for row in rows] if by_row else [batch for _, batch in batches_of(rows)]:
+            gradient, count = batch_gradient(self.scoring, batch, options)
+            if by_row:
+                length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
+                gradient, count = {name: g / length for name, g in gradient.items()}, 1.0
+            add_into(total, gradient)
+            weight += count
+        return [total], [weight]
+
+    def _along(self, signal: Signal, direction: Tensors):
+        if signal.preconditioner == "adam":
+            scale = adam_scale(self.moments())
+            direction = {name: tensor * scale[name] for name, tensor in direction.items()}
+        if signal.name == "exact":
+            return Exact(self.scoring, signal.parameters, direction)
+        return ValuePropagation(self.scoring, signal.parameters, direction)
+
+    def _baseline(self, signal: Signal):
+        if signal.name == "random":
+            return lambda batch: _RandomValues(random_values(batch, self.seed))
+        if signal.name == "excess_loss" and self.reference is None:
+            self.reference = adapted_reference(self.scoring, self.validation)
+        return Baseline(self.scoring, signal.name, self.reference if signal.name == "excess_loss" else None)
+
+
+class _RandomValues:
+    """No forward pass: random drops cost nothing."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.adaptation, self.logprobs = values, torch.zeros_like(values)
+
+
+def mean_of(gradients: list[Tensors], weights: list[float]) -> Tensors:
+    total: Tensors = {}
+    for gradient in gradients:
+        add_into(total, gradient)
+    return {name: tensor / sum(weights) for name, tensor in total.items()}
+
+
+def score(estimator, rows: list[Row]) -> Values:
+    """Runs an estimator over rows in batches of similar length."""
+    value: dict[int, np.ndarray] = {}
+    loss: dict[int, np.ndarray] = {}
+    for group, batch in batches_of(rows):
+        found = estimator(batch)
+        parts = zip(batch.split(found.adaptation), batch.split(found.logprobs), strict=True)
+        for i, (adaptation, logprobs) in zip(group, parts, strict=True):
+            value[i], loss[i] = adaptation.double().numpy(), -logprobs.double().numpy()
+    order = range(len(rows))
+    offsets = np.concatenate([[0], np.cumsum([len(value[i]) for i in order])]).astype(np.int64)
+    return Values(np.concatenate([value[i] for i in order]), np.concatenate([loss[i] for i in order]), offsets)
+
+
+def joined(parts: list[Values]) -> Values:
+    counts = np.concatenate([np.diff(part.offsets) for part in parts])
+    return Values(
+        np.concatenate([part.value for part in parts]),
+        np.concatenate([part.loss for part in parts]),
+        np.concatenate([[0], np.cumsum(counts)]),
+    )
+
+
+def adapted_reference(scoring: ScoringModel, rows: list[Row], steps: int = 8, rate: float = 5e-5) -> ScoringModel:
+    """The reference of excess_loss (Rho-1): the model after a few Adam steps on the validation rows."""
+    reference = copy.deepcopy(scoring.model)
+    tuned = ScoringModel(reference, type(scoring.head)(reference))
+    weights = {name: p.requires_grad_(True) for name, p in reference.named_parameters() if ".layers." in name}
+    optimizer = torch.optim.Adam(weights.values(), lr=rate)
+    for step in range(steps):
+        batch = batch_of(rows[step % 3 :: 3])
+        optimizer.zero_grad()
+        backward(tuned, batch, None)
+        optimizer.step()
+    reference.requires_grad_(False)
+    return tuned
+
+
+def backward(scoring: ScoringModel, batch, weights: torch.Tensor | None) -> float:
+    """Gradient of the weighted mean loss of a batch, added to .grad; the head is frozen. Returns that loss."""
+    hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    predicting = hidden[batch.predicting]
+    weights = torch.ones(len(predicting)) if weights is None else weights
+    used = weights > 0
+    if not used.any():
+        return float("nan")
+    head = scoring.head(predicting.detach()[used], batch.targets[used], gradient=True)
+    scale = weights[used] / weights.sum()
+    upstream = torch.zeros_like(predicting)
+    upstream[used] = head.hidden_gradient * scale[:, None]
+    predicting.backward(upstream)
+    return float((head.losses * scale).sum())
