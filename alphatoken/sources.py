@@ -118,7 +118,8 @@ def _resolve_path(fs: Any, path: str) -> list[Input]:
     if _is_saved(fs, path):
         return [_resolve_data_set(fs, path, None)]
     base = path.rstrip("/")
-    if fs.exists(f"{base}/token_classes.parquet") or fs.isdir(f"{base}/quarantine"):
+    own = ("run.json", "token_classes.parquet", "quarantine")
+    if any(fs.exists(f"{base}/{name}") for name in own):
         base += "/data"  # alphatoken wrote this folder: the rest of it is not rows
     files = fs.find(base) if fs.isdir(base) else []
     return [_file_input(fs, file) for file in files if _is_data_file(file[len(base) :])]

@@ -205,7 +205,7 @@ def test_folder_of_files(tmp_path):
     assert [row.data for row in read_all(f"{tmp_path}/")] == rows(0, 1)
 
 
-@pytest.mark.parametrize("mark", ["token_classes.parquet", "quarantine/part.parquet"])
+@pytest.mark.parametrize("mark", ["token_classes.parquet", "quarantine/part.parquet", "manifest.json"])
 def test_folder_that_alphatoken_wrote(tmp_path, mark):
     write_parquet(tmp_path / "data" / "train-00000.parquet", rows(0))
     write_parquet(tmp_path / mark, rows(1))
