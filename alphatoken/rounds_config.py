@@ -30,7 +30,7 @@ class RoundsConfig(TrainConfig):
     )
     generate: int = Field(
         0, ge=0, description="dpo: --data has prompts; this many responses of the current weights are paired"
-    )  # fmt: skip
+    )
     verifier: str = Field(
         "number", description="generate: what says whether a response is right: number, exact, math or module:function"
     )
