@@ -40,7 +40,8 @@ def diagonal_fisher(scoring: ScoringModel, batches: Iterable[Batch], parameters:
         num_tokens += batch.num_response_tokens
     if not num_rows:
         raise UserError("no prompt was left to sample from, so there is no Fisher; check --prompts")
-    return MeanGradient({name: tensor / num_rows for name, tensor in total.items()}, num_rows, num_tokens)
+    mean = {name: tensor / num_rows for name, tensor in total.items()}
+    return MeanGradient(mean, num_rows, num_tokens, float(num_rows))
 
 
 def sample_responses(

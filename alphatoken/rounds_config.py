@@ -35,6 +35,7 @@ class RoundsConfig(TrainConfig):
         "number", description="generate: what says whether a response is right: number, exact, math or module:function"
     )
     temperature: float = Field(1.0, gt=0, description="generate: of the samples")
+    stop: list[str] = Field([], description="generate: texts that end a response, besides the model's own end of turn")
     max_new_tokens: int = Field(256, ge=1, description="generate: longest response in tokens")
     overlap: bool = Field(
         False, description="value the next window while this one is trained on: with weights one window older"

@@ -5,6 +5,7 @@ back. Plain steps train on every response token. Checkpoints are made where wind
 the same windows with the same weights.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ WINDOW_COLUMNS = {
     "sft": ["row_index", "input_ids", "response_mask", "labels"],
     "dpo": ["row_index", "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"],
 }
+logger = logging.getLogger(__name__)
+
 LORA_PREFIX, LORA_BASE = "base_model.model.", ".base_layer."
 
 
@@ -139,6 +142,9 @@ class _LiveTrainer:
             name: self.optimizer.state[named[name]]
             for name in scored_parameters(self.model, self.config.scored_parameters)
         }
+        if not all("exp_avg_sq" in state for state in states.values()):
+            logger.warning("every step so far was skipped, so the direction has no preconditioner yet")
+            return {}
         return {
             name: (state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))).cpu()
             for name, state in states.items()

@@ -30,7 +30,9 @@ class PairGenerator:
         self.verify = load_verifier(config.verifier, os.getcwd())
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.ends = end_of_turn_ids(scoring.model.config, self.tokenizer)
-        self.options = SamplingOptions(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        self.options = SamplingOptions(
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=config.stop
+        )
 
     def __call__(self, prompts: pa.Table, step: int) -> pa.Table:
         """Pairs of the prompts that give one, with their `row_index`; samples differ from step to step."""

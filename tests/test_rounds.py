@@ -274,7 +274,8 @@ def test_dpo_on_pairs_generated_for_each_window(local_ray, tmp_path, inputs):
     prompts.write_text("\n".join(lines) + "\n")
     config = config_of(
         inputs | {"data": [str(prompts)]}, tmp_path / "out", objective="dpo", generate=3,
-        verifier="tests.own_verifier:shortest", max_new_tokens=8, max_steps=6, plain_steps=3, per_device_batch_size=2,
+        verifier="tests.own_verifier:shortest", stop=["e", " "],
+        max_new_tokens=24, max_steps=6, plain_steps=3, per_device_batch_size=2,
     )  # fmt: skip
     manifest = run_rounds(config)
     windows = windows_of(config.output)

@@ -113,7 +113,7 @@ def test_dpo_gradient_over_workers(local_ray, tmp_path, model):
 def uninterrupted(config: TrainConfig, folder: Path):
     """The same run in this process: one worker with the batch of all. Returns the trainer."""
     whole = {"per_device_batch_size": config.per_device_batch_size * config.num_workers, "num_workers": 1}
-    shards = storage.list_shards(config.data)
+    shards = storage.list_shards(config.folder)
     settings = {
         "shards": shards, "columns": storage.read_schema(shards[0]).names, "stored_reference": False,
         "evaluation_shards": [],
