@@ -9,9 +9,11 @@ from tiny_models import ARCHITECTURES, random_rows, tiny_model
 
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
+from alphatoken.config import EMBEDDED_MODEL
+from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact, choose_method
-from alphatoken.model import prepare_model
+from alphatoken.model import load_model, prepare_model
 
 FORWARD, CENTRAL = 1e-5, 1e-2
 
@@ -100,3 +102,18 @@ def test_bfloat16_ranks_tokens_as_float64_does(architecture):
     assert found.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([found.double(), expected]))[0, 1]
     assert float(correlation) > 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", ["all-linear", "last-layers:3"])
+def test_central_is_forward_mode_on_a_real_model_along_its_own_gradient(parameters):
+    """A trained model bends far more along its gradient than a random one: the step has to find its size."""
+    scoring = load_model(EMBEDDED_MODEL, "float32")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 40_000, (2, 2, 40), generator=generator).tolist()
+    masks = [[i >= 10 for i in range(40)]] * 2
+    direction = mean_gradient(scoring, [make_batch(ids[0], masks)], GradientOptions(parameters)).tensors
+    batch = make_batch(ids[1], masks)
+    found = [Exact(scoring, parameters, direction, method=m)(batch).adaptation for m in ("forward", "central")]
+    forward, central = found
+    assert relative_error(central, forward.double()) < CENTRAL
