@@ -173,6 +173,21 @@ class RunFolder:
             storage.remove_file(self._path(name))
 
 
+def manifest_of(folder: str, stage: str, option: str) -> dict:
+    """The manifest of a finished folder of `stage`, which the user gave as `option`. UserError where it is none."""
+    uri = storage.join(folder, "manifest.json")
+    if not storage.exists(uri):
+        if not storage.list_names(folder):
+            raise UserError(f"{folder} does not exist or is empty; give the folder that `{stage}` wrote as {option}")
+        raise UserError(f"{folder} has no manifest.json: its {stage} job has not finished; run it again, it resumes")
+    found = storage.read_json(uri)
+    if found.get("stage") != stage:
+        raise UserError(
+            f"{folder} was written by {found.get('stage')}; give the folder that `{stage}` wrote as {option}"
+        )
+    return found
+
+
 def _digits(first_row_id: int) -> str:
     return f"{first_row_id:015d}"
 

@@ -22,7 +22,7 @@ from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import Thresholds, mask_pair_table, pair_value_columns, pair_value_digits
-from alphatoken.run_folder import RunFolder, row_id_runs
+from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
 from pipelines.cluster import connect, user_errors
 
 STALE_WARNING = (
@@ -46,7 +46,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     source, target = storage.absolute(config.input), storage.absolute(config.output)
     if storage.same_place(source, target):
         raise UserError(f"--output {config.output} is the input folder; give another one")
-    scored = _scored_manifest(source)
+    scored = manifest_of(source, "score", "--input")
     shards = storage.list_shards(source)
     pairs = bool(scored.get("pairs"))
     if pairs and config.weights:
@@ -83,18 +83,6 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     columns = storage.read_schema(storage.list_shards(target)[0])
     folder.finish(result, manifests.data_card("mask", result, columns))
     return result
-
-
-def _scored_manifest(folder: str) -> dict:
-    uri = storage.join(folder, "manifest.json")
-    if not storage.exists(uri):
-        if not storage.list_names(folder):
-            raise UserError(f"{folder} does not exist or is empty; give the folder that `score` wrote as --input")
-        raise UserError(f"{folder} has no manifest.json: its score job has not finished; run it again, it resumes")
-    found = storage.read_json(uri)
-    if found.get("stage") != "score":
-        raise UserError(f"{folder} was written by {found.get('stage')}; give the folder that `score` wrote as --input")
-    return found
 
 
 def _identity(config: MaskConfig, source: str, fingerprints: dict) -> dict:

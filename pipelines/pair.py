@@ -22,7 +22,7 @@ from alphatoken.chat import ChatRenderer
 from alphatoken.errors import UserError
 from alphatoken.generate_config import EngineOptions, PairConfig, SamplingOptions
 from alphatoken.pairing import Candidate, Pair, best_against_worst, distinct
-from alphatoken.run_folder import RunFolder, row_id_runs
+from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges
@@ -53,7 +53,7 @@ def run_pair(config: PairConfig, progress: Progress | None = None) -> dict:
     source, target = storage.absolute(config.input), storage.absolute(config.output)
     if storage.same_place(source, target):
         raise UserError(f"--output {config.output} is the input folder; give another one")
-    generated = _generated_manifest(source)
+    generated = manifest_of(source, "generate", "--input")
     shards = storage.list_shards(source)
     _check_judge(config)
     fingerprints = {**generated["fingerprints"], "generated_manifest": manifests.fingerprint(generated)}
@@ -73,20 +73,6 @@ def run_pair(config: PairConfig, progress: Progress | None = None) -> dict:
     )  # fmt: skip
     folder.finish(manifest, manifests.data_card("pair", manifest, schema.PAIRS))
     return manifest
-
-
-def _generated_manifest(folder: str) -> dict:
-    uri = storage.join(folder, "manifest.json")
-    if not storage.exists(uri):
-        if not storage.list_names(folder):
-            raise UserError(f"{folder} does not exist or is empty; give the folder that `generate` wrote as --input")
-        raise UserError(f"{folder} has no manifest.json: its generate job has not finished; run it again, it resumes")
-    found = storage.read_json(uri)
-    if found.get("stage") != "generate":
-        raise UserError(
-            f"{folder} was written by {found.get('stage')}; give the folder that `generate` wrote as --input"
-        )
-    return found
 
 
 def _check_judge(config: PairConfig) -> None:

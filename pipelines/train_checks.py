@@ -14,6 +14,7 @@ from alphatoken import manifest as manifests
 from alphatoken import schema, storage
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
+from alphatoken.run_folder import manifest_of
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.token_classes import token_class_table
 from alphatoken.tokenizer import load_config, load_tokenizer
@@ -73,7 +74,7 @@ def with_encoded_rows(config: TrainConfig, plan: TrainPlan, output: str) -> Trai
 
 def _plan_folder(config: TrainConfig) -> TrainPlan:
     data = storage.absolute(config.folder)
-    masked = _masked_manifest(data, "--data")
+    masked = manifest_of(data, "mask", "--data")
     shards = storage.list_shards(data)
     columns = _check_columns(shards[0], config)
     num_rows = _count_rows(shards)
@@ -97,18 +98,6 @@ def _check_workers(config: TrainConfig, num_rows: int) -> None:
         raise UserError(
             f"--num-workers {config.num_workers}: {config.folder} has only {num_rows} rows; use fewer workers"
         )
-
-
-def _masked_manifest(folder: str, option: str) -> dict:
-    uri = storage.join(folder, "manifest.json")
-    if not storage.exists(uri):
-        if not storage.list_names(folder):
-            raise UserError(f"{folder} does not exist or is empty; give the folder that `mask` wrote as {option}")
-        raise UserError(f"{folder} has no manifest.json: its mask job has not finished; run it again, it resumes")
-    found = storage.read_json(uri)
-    if found.get("stage") != "mask":
-        raise UserError(f"{folder} was written by {found.get('stage')}; give the folder that `mask` wrote as {option}")
-    return found
 
 
 def _check_columns(shard: str, config: TrainConfig) -> list[str]:
