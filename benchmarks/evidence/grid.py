@@ -18,11 +18,12 @@ FULL = Rule("full")
 ORACLE = Rule("oracle", "oracle")
 FRESH = Rule("exact, worst 20%", "tokens", EXACT)
 SUSPECT = Rule("suspect tokens and rows", "typical", EXACT, loss_width=3.0, token_quantile=0.9)
-SURPRISING = Rule(
-    "surprising tokens and rows", "typical", LOSS, loss_width=3.0, token_quantile=0.95, suspect_value=None
-)
+SURPRISING = replace(SUSPECT, name="surprising tokens and rows", signal=LOSS, suspect_value=None)
+SURPRISING_IN_RUN = replace(SURPRISING, name="surprising tokens and rows, in-run", in_run=True)
+SUSPECT_IN_RUN = replace(SUSPECT, name="suspect tokens and rows, in-run", in_run=True)
+RANDOM_FIFTH = Rule("random 20%", "tokens", RANDOM)
 
-LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
+LONG_STEPS = (48, 72, 96)  # full SFT goes on, for comparisons at equal compute
 
 
 def with_validation(rule: Rule) -> Rule:
@@ -31,16 +32,17 @@ def with_validation(rule: Rule) -> Rule:
 
 
 LONG = replace(FULL, steps=max(LONG_STEPS))
-HEADLINE = {"tokens": [FULL, ORACLE, SUSPECT, SURPRISING], "mixed": [FULL, ORACLE, SUSPECT, SURPRISING]}
-HEADLINE["clean"] = [FULL, SUSPECT, SURPRISING]
-CONTROLS = [with_validation(FULL), with_validation(SUSPECT), FRESH]
+RULES = [SUSPECT, SURPRISING, SURPRISING_IN_RUN]
+HEADLINE = {"tokens": [FULL, ORACLE, *RULES], "mixed": [FULL, ORACLE, *RULES], "clean": [FULL, *RULES]}
+CONTROLS = [*map(with_validation, (FULL, ORACLE, SUSPECT, SURPRISING_IN_RUN)), RANDOM_FIFTH, FRESH]
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
 SHORT_VARIANTS = 5  # the first ones
 VARIANTS = [
-    replace(SUSPECT, name="surprising tokens at 90% and rows", signal=LOSS, suspect_value=None),
+    *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
+    SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
-    Rule("random 20%", "tokens", RANDOM),
+    replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),
     replace(SUSPECT, name="suspect tokens, rows by loss and value", value_width=2.0),
     replace(SUSPECT, name="suspect tokens, no rows", loss_width=None),
     replace(SUSPECT, name="suspect tokens and rows, K=3", signal=EXACT_3),
@@ -69,7 +71,6 @@ VARIANTS = [
     replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4),
     replace(SUSPECT, name="suspect tokens and rows, every 4 steps", refresh=4),
     replace(FULL, name="full, 112 steps", steps=112),
-    with_validation(ORACLE),
     with_validation(FRESH),
 ]
 
@@ -87,9 +88,9 @@ class Run:
 
 
 def run_of(name: str, seed: int, rule: Rule) -> Run:
-    """On the first seed full SFT goes on past the step at which it is compared."""
+    """On noisy sets full SFT goes on past the step at which it is compared."""
     choices = (name, seed) == ("mixed", 0) and (rule in HEADLINE["mixed"] or rule in CONTROLS)
-    if rule == FULL and seed == 0:
+    if rule == FULL and name != "clean":
         return Run(name, seed, LONG, LONG_STEPS, LONG_STEPS[0], choices)
     if rule == with_validation(FULL):
         return Run(name, seed, rule, (48, 54), 54, choices)

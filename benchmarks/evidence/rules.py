@@ -52,6 +52,8 @@ class Rule:
     refresh: int = 12
     steps: int = 48
     with_validation: bool = False  # validation rows are training rows too
+    in_run: bool = False  # tokens are judged in the step that trains on them; `refresh` is of direction and bounds
+    known_rows: int | None = None  # validation rows that the rule may use; None: all
 
     @property
     def is_calibrated(self) -> bool:

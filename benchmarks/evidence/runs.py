@@ -15,7 +15,7 @@ from benchmarks.evidence import stats
 from benchmarks.evidence.data import Row, Source, Task, batch_of, make_task, read_lines
 from benchmarks.evidence.measure import make_measures
 from benchmarks.evidence.rules import FOLDS, Rule, Window, weights_of
-from benchmarks.evidence.signals import Scorer, Signal, Values
+from benchmarks.evidence.signals import Scorer, Signal, Values, score
 from benchmarks.evidence.suffix import load_suffix
 from benchmarks.evidence.training import Trainer, Training
 
@@ -105,7 +105,8 @@ class Lab:
         """Train under `rule`; held-out loss at the steps `measure_at`, retention at `retention_at`."""
         task = self.load_task(name, seed)
         rows = self._order(task, seed, rule)
-        scorer = Scorer(self.scoring, task.validation, self._moments(rows), self.end_of_turn, seed)
+        known = task.validation[: rule.known_rows]
+        scorer = Scorer(self.scoring, known, self._moments(rows), self.end_of_turn, seed)
         size = self.study.training.rows_per_step
         costs, record, losses, retention = Costs(), Record(), {}, {}
         warmup = min(rule.warmup, rule.steps)
@@ -115,13 +116,18 @@ class Lab:
             part = rows[step * size : (step + 1) * size]
             if rule.choose == "oracle":
                 weights = {row.row_id: (~row.response_noise).astype(np.float32) for row in part if row.row_id >= 0}
+            elif rule.in_run and (step - warmup) % rule.refresh == 0:
+                judge = InRunJudge(self, rule, scorer, costs)
             elif rule.choose != "all" and (step - warmup) % rule.refresh == 0:
                 window = rows[step * size : (step + rule.refresh) * size]
                 weights = self._weigh(rule, scorer, [row for row in window if row.row_id >= 0], costs, step == warmup)
+            if rule.in_run:
+                weights = judge.train(part)
+            else:
+                with Clock() as clock:
+                    self.trainer.step(part, [_weight(row, weights) for row in part])
+                costs.add("train", clock.cpu, clock.wall)
             record.add(part, weights, self.class_of)
-            with Clock() as clock:
-                self.trainer.step(part, [_weight(row, weights) for row in part])
-            costs.add("train", clock.cpu, clock.wall)
             if step + 1 in measure_at:
                 losses[step + 1] = self.measures.target_loss(self.scoring)[0]
             if step + 1 == retention_at:
@@ -178,7 +184,10 @@ class Lab:
 
     def _weigh(self, rule: Rule, scorer: Scorer, rows: list[Row], costs: Costs, first: bool) -> dict[int, np.ndarray]:
         """Weights by row id. The first values after a shared start are shared too, with their cost."""
-        key = (rule.signal, rule.is_calibrated, rule.value_width is None, rule.with_validation, rule.warmup, len(rows))
+        key = (
+            rule.signal, rule.is_calibrated, rule.value_width is None, rule.with_validation, rule.warmup, len(rows),
+            rule.known_rows,
+        )  # fmt: skip
         if first and key in self.first_values:
             values, held_out, clock = self.first_values[key]
         else:
@@ -187,19 +196,63 @@ class Lab:
             if first:
                 self.first_values[key] = (values, held_out, clock)
         costs.add("score", clock.cpu, clock.wall)
+        return self.weights_by_row(rule, scorer, rows, values, held_out)
+
+    def weights_by_row(
+        self, rule: Rule, scorer: Scorer, rows: list[Row], values: Values, held_out: Values | None
+    ) -> dict[int, np.ndarray]:
+        """What the rule makes of values and what is known of the validation rows."""
         window = Window(
             values,
-            self._classes(rows),
+            self.classes(rows),
             held_out,
-            None if held_out is None else self._classes(held_out_order(scorer.validation)),
+            None if held_out is None else self.classes(held_out_order(scorer.validation)),
             TOKEN_CLASS_NAMES,
         )
         weights = weights_of(rule, window)
         parts = np.split(weights, values.offsets[1:-1])
         return {row.row_id: part for row, part in zip(rows, parts, strict=True)}
 
-    def _classes(self, rows: list[Row]) -> np.ndarray:
+    def classes(self, rows: list[Row]) -> np.ndarray:
         return np.concatenate([self.class_of[row.response_ids] for row in rows])
+
+
+class InRunJudge:
+    """Judges the rows of a step in that step. Direction and bounds are those of the step at which it is made.
+
+    A rule by loss reads the losses of the training forward pass; values need a pass of their own.
+    """
+
+    def __init__(self, lab: Lab, rule: Rule, scorer: Scorer, costs: Costs) -> None:
+        self.lab, self.rule, self.scorer, self.costs = lab, rule, scorer, costs
+        with Clock() as clock:
+            self.held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation))
+            self.estimator = None if rule.signal == Signal("loss") else scorer.estimator(rule.signal)
+        costs.add("score", clock.cpu, clock.wall)
+
+    def train(self, part: list[Row]) -> dict[int, np.ndarray]:
+        """Takes the step; returns the weights that it found."""
+        found: dict[int, np.ndarray] = {}
+
+        def weigh(losses: torch.Tensor) -> torch.Tensor:
+            lengths = [sum(row.response_mask) for row in part]
+            known = losses.double().numpy()
+            values = Values(known, known, np.concatenate([[0], np.cumsum(lengths)]))
+            found.update(self._weights(part, values))
+            return torch.cat([_weight(row, found) for row in part]).to(losses.dtype)
+
+        if self.estimator is not None:
+            with Clock() as clock:
+                found = self._weights(part, score(self.estimator, part))
+            self.costs.add("score", clock.cpu, clock.wall)
+        with Clock() as clock:
+            self.lab.trainer.step(part, weigh if self.estimator is None else [_weight(row, found) for row in part])
+        self.costs.add("train", clock.cpu, clock.wall)
+        return found
+
+    def _weights(self, part: list[Row], values: Values) -> dict[int, np.ndarray]:
+        found = self.lab.weights_by_row(self.rule, self.scorer, part, values, self.held_out)
+        return {row_id: weights for row_id, weights in found.items() if row_id >= 0}
 
 
 def held_out_order(validation: list[Row]) -> list[Row]:

@@ -65,10 +65,14 @@ class Scorer:
 
     def values(self, signal: Signal, rows: list[Row]) -> Values:
         """Values of `rows` under the direction of all validation rows."""
+        return score(self.estimator(signal), rows)
+
+    def estimator(self, signal: Signal):
+        """What values batches at the current weights, under the direction of all validation rows."""
         if not signal.has_direction:
-            return score(self._baseline(signal), rows)
+            return self._baseline(signal)
         gradients, weights = self._gradients(signal, self.validation)
-        return score(self._along(signal, mean_of(gradients, weights)), rows)
+        return self._along(signal, mean_of(gradients, weights))
 
     def calibrated(self, signal: Signal, rows: list[Row], folds: int) -> tuple[Values, Values]:
         """(values of rows, values of the validation rows), each fold's under the direction of the other folds."""
@@ -175,10 +179,18 @@ def adapted_reference(scoring: ScoringModel, rows: list[Row], steps: int = 8, ra
     return tuned
 
 
-def backward(scoring: ScoringModel, batch, weights: torch.Tensor | None) -> float:
-    """Gradient of the weighted mean loss of a batch, added to .grad; the head is frozen. Returns that loss."""
+Weigh = Callable[[torch.Tensor], torch.Tensor]  # losses N -> weights N
+
+
+def backward(scoring: ScoringModel, batch, weights: torch.Tensor | Weigh | None) -> float:
+    """Gradient of the weighted mean loss of a batch, added to .grad; the head is frozen. Returns that loss.
+
+    Weights may depend on the losses of the same forward pass.
+    """
     hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     predicting = hidden[batch.predicting]
+    if callable(weights):
+        return _backward_weighed(scoring, batch, predicting, weights)
     weights = torch.ones(len(predicting)) if weights is None else weights
     used = weights > 0
     if not used.any():
@@ -189,3 +201,13 @@ def backward(scoring: ScoringModel, batch, weights: torch.Tensor | None) -> floa
     upstream[used] = head.hidden_gradient * scale[:, None]
     predicting.backward(upstream)
     return float((head.losses * scale).sum())
+
+
+def _backward_weighed(scoring: ScoringModel, batch, predicting: torch.Tensor, weigh: Weigh) -> float:
+    head = scoring.head(predicting.detach(), batch.targets, gradient=True)
+    weights = weigh(head.losses)
+    total = weights.sum()
+    if not total:
+        return float("nan")
+    predicting.backward(head.hidden_gradient * (weights / total)[:, None])
+    return float((head.losses * weights).sum() / total)

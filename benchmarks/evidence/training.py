@@ -7,7 +7,7 @@ import torch
 from alphatoken.direction import Tensors
 from alphatoken.model import ScoringModel
 from benchmarks.evidence.data import Row, batch_of
-from benchmarks.evidence.signals import backward
+from benchmarks.evidence.signals import Weigh, backward
 from benchmarks.evidence.suffix import trained_parameters
 
 
@@ -41,12 +41,15 @@ class Trainer:
         )
         self.steps = 0
 
-    def step(self, rows: list[Row], weights: list[torch.Tensor] | None = None) -> float:
-        """One step on `rows`; weights: for every row one weight per response token. Returns the loss."""
+    def step(self, rows: list[Row], weights: list[torch.Tensor] | Weigh | None = None) -> float:
+        """One step on `rows`; weights: for every row one weight per response token, or what finds them from the
+        losses of the step's own forward pass. Returns the loss.
+        """
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer.zero_grad()
-        loss = backward(self.scoring, batch_of(rows), None if weights is None else torch.cat(weights))
+        joined = torch.cat(weights) if isinstance(weights, list) else weights
+        loss = backward(self.scoring, batch_of(rows), joined)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * min(1.0, (self.steps + 1) / self.settings.rise)
         self.optimizer.step()
