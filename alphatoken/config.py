@@ -59,19 +59,6 @@ class ModelOptions(BaseModel):
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
 
-class FisherConfig(StageConfig, DataOptions, ModelOptions):
-    """The diagonal Fisher of the reference model (Eq. 5)."""
-
-    prompts: list[str] = Field(min_length=1, description="files with prompts, in any format that score reads")
-    parameters: Parameters = "all-linear"
-    num_prompts: int = Field(1000, ge=1, description="prompts used, from the start of the files")
-    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are cut at their start")
-    max_new_tokens: int = Field(128, ge=1, description="tokens sampled per prompt")
-    seed: int = 0
-
-    _parameters = field_validator("parameters")(check_parameters)
-
-
 class DirectionShape(BaseModel):
     """How validation rows become a direction."""
 

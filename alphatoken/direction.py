@@ -60,6 +60,33 @@ class MeanGradient:
     weight: float  # what `tensors` was divided by: parts of the rows combine by it
 
 
+@dataclass(frozen=True)
+class GradientSum:
+    """Gradients of some rows, added up."""
+
+    tensors: Tensors
+    num_rows: int
+    num_tokens: int
+    weight: float
+
+    def __add__(self, other: "GradientSum") -> "GradientSum":
+        total = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        add_into(total, other.tensors)
+        counts = (getattr(self, name) + getattr(other, name) for name in ("num_rows", "num_tokens", "weight"))
+        return GradientSum(total, *counts)
+
+    def mean(self) -> MeanGradient:
+        """UserError where there is nothing to take the mean of."""
+        if not self.num_rows:
+            raise UserError("no validation row could be used, so there is no direction; check --validation")
+        if not self.weight:
+            raise UserError(
+                "no validation token has a weight above zero, so there is no direction; check --class-weights"
+            )
+        mean = {name: tensor / self.weight for name, tensor in self.tensors.items()}
+        return MeanGradient(mean, self.num_rows, self.num_tokens, self.weight)
+
+
 def mean_gradient(
     scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions, weigh: TokenWeights | None = None
 ) -> MeanGradient:
@@ -68,6 +95,13 @@ def mean_gradient(
     Raises:
         UserError: no validation token has weight, or `positions` does not fit `parameters`.
     """
+    return gradient_sum(scoring, batches, options, weigh).mean()
+
+
+def gradient_sum(
+    scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions, weigh: TokenWeights | None = None
+) -> "GradientSum":
+    """What `mean_gradient` is the mean of; may be empty. UserError where `positions` does not fit `parameters`."""
     if options.parameters == "all" and options.positions == "response":
         raise UserError("--positions response is defined for linear weights; use last-layers:K or all-linear")
     total: Tensors = {}
@@ -85,12 +119,7 @@ def mean_gradient(
         weight_sum += weight
         num_rows += batch.input_ids.shape[0] // rows_per_example
         num_tokens += batch.num_response_tokens
-    if not num_rows:
-        raise UserError("no validation row could be used, so there is no direction; check --validation")
-    if not weight_sum:
-        raise UserError("no validation token has a weight above zero, so there is no direction; check --class-weights")
-    mean = {name: tensor / weight_sum for name, tensor in total.items()}
-    return MeanGradient(mean, num_rows, num_tokens, weight_sum)
+    return GradientSum(total, num_rows, num_tokens, weight_sum)
 
 
 def batch_gradient(

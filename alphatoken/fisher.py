@@ -5,7 +5,7 @@
 delta is the gradient of the summed (never mean) loss. A property of the reference checkpoint: computed once, cached.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from alphatoken.architecture import scored_linears
 from alphatoken.batching import Batch, make_batch
@@ -13,7 +13,6 @@ from alphatoken.capture import capture
 from alphatoken.contraction import squared_outer_sum
 from alphatoken.direction import MeanGradient, Tensors, add_into
 from alphatoken.errors import UserError
-from alphatoken.generation import generate
 from alphatoken.model import ScoringModel
 
 
@@ -44,17 +43,8 @@ def diagonal_fisher(scoring: ScoringModel, batches: Iterable[Batch], parameters:
     return MeanGradient(mean, num_rows, num_tokens, float(num_rows))
 
 
-def sample_responses(
-    scoring: ScoringModel,
-    prompts: list[list[int]],
-    row_ids: list[int],
-    *,
-    max_new_tokens: int,
-    end_ids: set[int],
-    seed: int,
-) -> Batch:
-    """One sampled response per prompt (the model's own distribution), as a scoring batch."""
-    answers = generate(scoring, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, seed=seed)
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    masks = [[i >= len(prompt) for i in range(len(row))] for prompt, row in zip(prompts, rows, strict=True)]
-    return make_batch(rows, masks, row_ids)
+def sampled_batch(samples: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """(prompt, sampled response) pairs as a scoring batch."""
+    rows = [prompt + answer for prompt, answer in samples]
+    masks = [[False] * len(prompt) + [True] * len(answer) for prompt, answer in samples]
+    return make_batch(rows, masks)

@@ -1,4 +1,4 @@
-"""Responses by transformers' own generate: sampled for the Fisher, greedy for evaluation.
+"""The likeliest responses by transformers' own generate: what evaluation asks for.
 
 B prompts, T positions.
 """
@@ -14,18 +14,10 @@ from alphatoken.model import ScoringModel
 
 @torch.no_grad()
 def generate(
-    scoring: ScoringModel, prompts: list[list[int]], *, max_new_tokens: int, end_ids: set[int], seed: int | None = None
+    scoring: ScoringModel, prompts: list[list[int]], *, max_new_tokens: int, end_ids: set[int]
 ) -> list[list[int]]:
-    """One response per prompt, up to and including its end-of-turn token.
-
-    seed: sample from the model's own distribution (temperature 1, nothing cut off); None: the likeliest tokens.
-    """
+    """One greedy response per prompt, up to and including its end-of-turn token."""
     ids, mask = left_padded(prompts)
-    sampling = (
-        {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    )
-    if seed is not None:
-        torch.manual_seed(seed)
     with plain_settings(scoring):
         generated = scoring.model.generate(
             input_ids=ids.to(scoring.device),
@@ -33,7 +25,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(end_ids) or None,
             pad_token_id=min(end_ids, default=0),
-            **sampling,
+            do_sample=False,
         )
     return [until_end(answer, end_ids) for answer in generated[:, ids.shape[1] :].tolist()]
 

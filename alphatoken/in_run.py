@@ -30,6 +30,7 @@ from alphatoken.exact import Trunk, hidden_tangent
 from alphatoken.head import LossHead, TrainedLosses, check_head
 from alphatoken.model import ScoringModel
 from alphatoken.selection import keep_count
+from alphatoken.suspects import TokenLosses, validation_losses
 from alphatoken.value_propagation import ValuePropagation
 
 ESTIMATORS = ("value_propagation", "exact")
@@ -90,6 +91,11 @@ class InRun:
         """The validation direction at the current weights."""
         with _frozen(self.scoring.model):
             return directions.mean_gradient(self.scoring, batches, options)
+
+    def validation_losses(self, batches: Iterable[Batch], class_of: torch.Tensor) -> TokenLosses:
+        """What bounds are made of, at the current weights."""
+        with _frozen(self.scoring.model):
+            return validation_losses(self.scoring, batches, class_of)
 
     def set_direction(self, direction: directions.Tensors) -> None:
         """What values are measured along: G, or G + lambda D."""

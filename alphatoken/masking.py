@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from alphatoken import schema, selection
 from alphatoken.errors import UserError
+from alphatoken.suspects import Bounds, TokenLosses
 
 TOKEN_COLUMNS = ("input_ids", "adaptation", "stability")
-STAYS, DROPPED, NOT_FINITE, NO_RESPONSE = range(4)  # what becomes of a row
+STAYS, DROPPED, SUSPECT, NOT_FINITE, NO_RESPONSE = range(5)  # what becomes of a row
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class MaskPlan:
     stability_weight: float
     min_value: float | None = None
     weights: bool = False
-    class_of_token: np.ndarray | None = None  # int8 by token id; None: no class is protected
+    class_of_token: np.ndarray | None = None  # int8 by token id; None: no class is protected, no bounds
     protected_classes: np.ndarray | None = None  # int8
     drop_up_to: tuple[int, ...] | None = None  # digits of the highest (mean value, row id) that is dropped
     threshold: float | None = None  # one for the data set; None: one per response
+    bounds: Bounds | None = None  # instead of a share: suspect tokens and rows are dropped
+    bounds_and_value: bool = True  # with bounds: only tokens of a negative value are
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,17 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
     offsets, values, response_mask = _values(rows, plan, source)
     input_ids = flat(rows, "input_ids")
     response_offsets = selection.compact_offsets(response_mask, offsets)
-    keep = selection.keep_tokens(
-        values[response_mask],
-        response_offsets,
-        plan.keep_fraction,
-        protected=_protected(input_ids[response_mask], plan),
-        threshold=plan.threshold,
-        min_value=plan.min_value,
-    )
+    if plan.bounds is not None:
+        keep = _unsuspected(rows, plan, source)
+    else:
+        keep = selection.keep_tokens(
+            values[response_mask],
+            response_offsets,
+            plan.keep_fraction,
+            protected=_protected(input_ids[response_mask], plan),
+            threshold=plan.threshold,
+            min_value=plan.min_value,
+        )
     labels = np.full(len(values), schema.IGNORE_INDEX, dtype=np.int32)
     labels[response_mask] = np.where(keep, input_ids[response_mask], schema.IGNORE_INDEX)
     columns = [labels, values]
@@ -67,8 +73,8 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
     counts = {
         "rows_in": table.num_rows,
         "rows_out": rows.num_rows,
-        "rows_quarantined": int((states > DROPPED).sum()),
-        "rows_dropped_sequences": int((states == DROPPED).sum()),
+        "rows_quarantined": int((states > SUSPECT).sum()),
+        "rows_dropped_sequences": int(((states == DROPPED) | (states == SUSPECT)).sum()),
         "response_tokens": len(keep),
         "kept_tokens": int(keep.sum()),
     }
@@ -76,15 +82,27 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
 
 
 def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
-    """STAYS, DROPPED, NOT_FINITE or NO_RESPONSE for each row, int8 (R,)."""
+    """STAYS, DROPPED, SUSPECT, NOT_FINITE or NO_RESPONSE for each row, int8 (R,)."""
     offsets, values, response_mask = _values(table, plan, source)
     means = row_means(table, plan)
     states = np.full(table.num_rows, STAYS, dtype=np.int8)
     if plan.drop_up_to is not None:
         states[selection.at_most(_row_digits(table, means), plan.drop_up_to)] = DROPPED
+    if plan.bounds is not None:
+        keep = _unsuspected(table, plan, source)
+        states[selection.count_per_row(keep, selection.compact_offsets(response_mask, offsets)) == 0] = SUSPECT
     states[selection.nonfinite_rows(values, offsets) | ~np.isfinite(means)] = NOT_FINITE
     states[selection.count_per_row(response_mask, offsets) == 0] = NO_RESPONSE
     return states
+
+
+def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
+    """True (N,) for the response tokens that the bounds let through. Every row needs one."""
+    offsets, values, response_mask = _values(table, plan, source)
+    classes = plan.class_of_token[flat(table, "input_ids")[response_mask]]
+    lengths = selection.count_per_row(response_mask, offsets)
+    found = TokenLosses(-flat(table, "logprobs")[response_mask].astype(np.float64), classes, lengths)
+    return plan.bounds.keep(found, values[response_mask] if plan.bounds_and_value else None)
 
 
 def row_means(table: pa.Table, plan: MaskPlan) -> np.ndarray:
@@ -175,6 +193,7 @@ def quarantine_table(table: pa.Table, states: np.ndarray, plan: MaskPlan, source
     means = row_means(table, plan)[positions]
     reasons = {
         DROPPED: "dropped sequence: its mean value {:.6g} is among the lowest",
+        SUSPECT: "suspect row: its loss is above what validation rows have, or that of every token is (value {:.6g})",
         NOT_FINITE: "a value is not finite (mean value {:.6g})",
         NO_RESPONSE: "no response token",
     }

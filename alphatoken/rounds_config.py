@@ -62,6 +62,11 @@ class RoundsConfig(TrainConfig):
         return "prompts" if self.generate else super().data_kind
 
     @property
+    def uses_moments(self) -> bool:
+        """Whether values need the optimizer's second moments."""
+        return self.preconditioner == "adam" and self.rule != "surprising"
+
+    @property
     def oldest_values(self) -> int:
         """Age in steps of the oldest values that a step of this run is trained on."""
         return (2 if self.overlap else 1) * self.refresh_every - 1
@@ -83,14 +88,14 @@ class RoundsConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _rounds_are_consistent(self) -> "RoundsConfig":
-        if self.lora_rank and self.preconditioner == "adam":
+        if self.lora_rank and self.uses_moments:
             raise ValueError(
                 "--preconditioner adam reads the optimizer's moments of whole weights; with --lora-rank give "
                 "--preconditioner none"
             )
-        if self.preconditioner == "adam" and not self.plain_steps:
+        if self.uses_moments and not self.plain_steps:
             raise ValueError("--preconditioner adam needs --plain-steps 1 or more: without a step there are no moments")
-        if self.preconditioner == "adam" and not self.optimizer.startswith("adamw"):
+        if self.uses_moments and not self.optimizer.startswith("adamw"):
             raise ValueError(f"--preconditioner adam needs an AdamW optimizer, not {self.optimizer}")
         if self.max_staleness is not None and self.max_staleness < self.oldest_values:
             raise ValueError(

@@ -6,16 +6,78 @@
 
 Neither sign is enough alone: a surprising token may be what is to be learned, and many good tokens have a negative
 value at some checkpoint. No share of the data has to be dropped, so clean data stay nearly whole. Bounds and values
-belong to one checkpoint.
+belong to one checkpoint. Rules are in numpy.
 
 N response tokens, flat; R rows, row r at offsets[r]:offsets[r + 1]; C token classes.
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import torch
+
+from alphatoken.baselines import forward_losses
+from alphatoken.batching import Batch
+from alphatoken.model import ScoringModel
+from alphatoken.token_classes import TOKEN_CLASS_NAMES
 
 FEWEST_TOKENS = 30  # validation tokens of a class below which its tokens are never surprising
 QUANTILE = 0.9
 ROW_WIDTH = 3.0
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Response tokens of rows at some weights."""
+
+    losses: np.ndarray  # N
+    classes: np.ndarray  # N int
+    lengths: np.ndarray  # R: response tokens of each row
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+
+    @staticmethod
+    def joined(parts: Sequence["TokenLosses"]) -> "TokenLosses":
+        columns = ([getattr(part, name) for part in parts] for name in ("losses", "classes", "lengths"))
+        return TokenLosses(*map(np.concatenate, columns))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large a loss may be at some weights: of a token by its class, and of a row on average."""
+
+    tokens: np.ndarray  # C
+    row: float
+
+    @classmethod
+    def of(cls, validation: TokenLosses) -> "Bounds":
+        tokens = loss_bounds(validation.losses, validation.classes, len(TOKEN_CLASS_NAMES))
+        return cls(tokens, row_loss_bound(validation.losses, validation.offsets, ROW_WIDTH))
+
+    def keep(self, found: TokenLosses, values: np.ndarray | None = None) -> np.ndarray:
+        """True (N,) for tokens that are not suspect, of rows that are not. Without values: not surprising."""
+        if values is None:
+            dropped = surprising_tokens(found.losses, found.classes, self.tokens)
+        else:
+            dropped = suspect_tokens(found.losses, values, found.classes, self.tokens)
+        return ~dropped & ~np.repeat(suspect_rows(found.losses, found.offsets, self.row), found.lengths)
+
+
+def token_losses(batch: Batch, losses: torch.Tensor, class_of: torch.Tensor) -> TokenLosses:
+    """What bounds are about, of a batch. losses N; class_of V: class of each token id, on the CPU."""
+    lengths = batch.response_mask[:, 1:].sum(1)
+    lengths = lengths[lengths > 0]  # what fills a batch up has no response
+    classes = class_of[batch.targets.cpu()]
+    return TokenLosses(losses.double().cpu().numpy(), classes.numpy(), lengths.cpu().numpy())
+
+
+def validation_losses(scoring: ScoringModel, batches: Iterable[Batch], class_of: torch.Tensor) -> TokenLosses:
+    """Losses of validation rows at the current weights: a forward pass."""
+    found = [token_losses(batch, forward_losses(scoring, batch).losses, class_of) for batch in batches]
+    return TokenLosses.joined(found)
 
 
 def loss_bounds(losses: np.ndarray, classes: np.ndarray, num_classes: int, quantile: float = QUANTILE) -> np.ndarray:

@@ -29,6 +29,7 @@ class Provenance:
     num_rows: int
     num_tokens: int
     options: dict = field(default_factory=dict)
+    health: dict = field(default_factory=dict)  # of a direction: see direction_health.py
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from alphatoken.errors import UserError
 from alphatoken.schema import TOKEN_CLASSES
+from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 
 TOKEN_CLASS_NAMES = ("end-of-turn", "template", "digits", "punctuation", "whitespace", "words")
 
@@ -74,6 +75,13 @@ def class_ids(table: pa.Table) -> np.ndarray:
     ids = np.empty(len(table), np.int8)
     ids[table["token_id"].to_numpy()] = classes
     return ids
+
+
+def class_of_ids(model: str, trust_remote_code: bool = False) -> np.ndarray:
+    """int8 (V,): the class of each token id of a model."""
+    tokenizer, config = load_tokenizer(model, trust_remote_code), load_config(model, trust_remote_code)
+    ends = end_of_turn_ids(config, tokenizer)
+    return class_ids(token_class_table(tokenizer, ends, config.get_text_config().vocab_size))
 
 
 def check_class_names(names: Iterable[str]) -> None:

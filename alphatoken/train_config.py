@@ -8,7 +8,10 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from alphatoken.config import DirectionShape, StageConfig, check_parameters
 
-PAPER = {"estimator": "value_propagation", "parameters": "last-layers:3", "keep_fraction": 0.5, "stability_weight": 1.5}
+PAPER = {
+    "estimator": "value_propagation", "parameters": "last-layers:3", "rule": "share", "keep_fraction": 0.5,
+    "stability_weight": 1.5,
+}  # fmt: skip
 
 
 class LiveValueOptions(DirectionShape):
@@ -23,7 +26,13 @@ class LiveValueOptions(DirectionShape):
     preset: Literal["paper"] | None = Field(
         None, description="paper: value_propagation, last-layers:3, keep-fraction 0.5, stability-weight 1.5"
     )
-    keep_fraction: float = Field(0.8, gt=0, le=1, description="share of response tokens to train on")
+    rule: Literal["share", "suspect", "surprising"] = Field(
+        "share",
+        description="sft: what is trained on. share: the tokens of the highest values; suspect: all but tokens that "
+        "surprise the model more than validation tokens of their class and have a negative value, and rows that "
+        "surprise it as a whole; surprising: the same whatever the value, so nothing is valued",
+    )
+    keep_fraction: float = Field(0.8, gt=0, le=1, description="rule share: part of the response tokens to train on")
     stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda; needs --fisher to matter")
     fisher: str | None = Field(
         None, description="file that `alphatoken fisher` wrote for the reference model: adds stability to the values"
@@ -67,7 +76,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
         "linear", description="of the learning rate"
     )
     warmup: float = Field(0.0, ge=0, description="warm-up steps; below 1: a share of all steps")
-    optimizer: str = Field("adamw_torch", description="any name that transformers' TrainingArguments.optim knows")
+    optimizer: str = Field("adamw_torch_fused", description="any name that transformers' TrainingArguments.optim knows")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this norm; 0 does not clip")
     per_device_batch_size: int = Field(4, ge=1, description="rows (dpo: pairs) per worker and forward pass")
@@ -127,6 +136,10 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if self.objective == "sft" and self.reference_model and not self.fisher:
             raise ValueError("--reference-model is for --objective dpo, and for stability with --fisher")
         self._check_live_values()
+        if self.objective == "dpo" and self.rule != "share":
+            raise ValueError(f"--rule {self.rule} is for --objective sft: a rejected response may well be surprising")
+        if self.rule == "surprising" and self.fisher:
+            raise ValueError("--rule surprising values no token, so --fisher would not matter; leave it out")
         if self.lora_targets and not self.lora_rank:
             raise ValueError("--lora-targets needs --lora-rank")
         if self.fsdp and not self.gpus_per_worker:

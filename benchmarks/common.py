@@ -1,5 +1,7 @@
 """What the benchmarks share: real text in fixed shapes, the machine's description, results as JSON."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -76,6 +78,13 @@ def resident_kb() -> int | None:
 def peak_kb() -> int:
     """The most memory that this process has had."""
     return _status_kb("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def return_freed_memory() -> None:
+    """What loading has used and freed goes back to the system; kept, it would hide what a method needs."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def write_result(path: str | None, result: dict) -> None:

@@ -22,6 +22,7 @@ from common import (
     peak_kb,
     print_table,
     resident_kb,
+    return_freed_memory,
     write_result,
 )
 from paper_procedure import paper_values
@@ -131,6 +132,7 @@ def _peak_memory(arguments: argparse.Namespace, dtype: str, name: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return_freed_memory()
     # ru_maxrss never falls: clear it through the kernel where that is possible, else count from the process's start
     try:
         with open("/proc/self/clear_refs", "w") as file:

@@ -16,10 +16,7 @@ SHOWN_ROWS = 2
 VALIDATION_ROWS = 16
 HELD_OUT_ROWS = 12
 # Enough to see the flow in minutes on two cores.
-TRAINING = {
-    "per_device_batch_size": 2, "learning_rate": 2e-5, "dtype": "bfloat16", "optimizer": "adamw_torch_fused",
-    "logging_steps": 6,
-}  # fmt: skip
+TRAINING = {"per_device_batch_size": 2, "learning_rate": 2e-5, "logging_steps": 6}
 
 
 def main(argv: list[str] | None = None) -> int:

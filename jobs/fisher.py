@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `python jobs/fisher.py` puts jobs/ first on the path; the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from alphatoken.config import FisherConfig
+from alphatoken.fisher_config import FisherConfig
 from jobs import cli
 
 

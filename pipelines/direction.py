@@ -1,7 +1,6 @@
 """The validation direction, computed once where the accelerators are, before the scoring actors start."""
 
 import logging
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 
@@ -11,22 +10,22 @@ import torch
 
 from alphatoken import direction as directions
 from alphatoken import tensor_file, token_classes
-from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import DirectionConfig, ScoreConfig
-from alphatoken.encode import Encoded, Encoder, check_source
+from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
-from alphatoken.pair_direction import PairWeights, pair_batch
-from alphatoken.pair_encode import EncodedPair, PairEncoder, check_pair_source, is_pair
+from alphatoken.pair_direction import PairWeights
+from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair
 from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.sources import column_names, data_fingerprint, plan_units
-from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
+from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
+from pipelines.direction_checks import check_direction
 from pipelines.encode import good_rows, make_encoder
+from pipelines.validation_rows import batch_of, validation_batches
 
 logger = logging.getLogger(__name__)
 
-ROWS_IN_MEMORY = 256  # validation rows sorted by length at a time
 MAX_REASONS = 3
 
 
@@ -86,14 +85,17 @@ def make_direction(
     encoder = make_encoder(config.model, config, config.trust_remote_code)
     weights = None
     if config.class_weights:
-        weights = class_weight_table(config.class_weights, config.model, encoder).to(scoring.device)
+        weights = class_weight_table(config.class_weights, config.model, config.trust_remote_code).to(scoring.device)
     options = directions.GradientOptions(parameters, config.normalization, positions, weights)
     refused: list[str] = []
     pairs = PairWeights(scoring, reference, config.beta)
     weigh = pairs if config.validation_objective == "dpo" else None
-    batches = (batch.to(scoring.device) for batch in _validation_batches(config, encoder, refused))
+    halves = []
+    for half in range(2):
+        batches = validation_batches(config, encoder, refused, half, scoring.device)
+        halves.append(directions.gradient_sum(scoring, batches, options, weigh))
     try:
-        found = directions.mean_gradient(scoring, batches, options, weigh)
+        found = (halves[0] + halves[1]).mean()
     except UserError as error:
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", found.num_rows, refused)
@@ -102,6 +104,7 @@ def make_direction(
         f"direction/{name}": (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()
     }
     tensors |= {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
+    health = check_direction(scoring, config, encoder, options, found, halves, scale, data_pairs)
     provenance = tensor_file.Provenance(
         kind="direction",
         model_fingerprint=fingerprint(scoring.model),
@@ -110,17 +113,16 @@ def make_direction(
         num_rows=found.num_rows,
         num_tokens=found.num_tokens,
         options=direction_identity(config, positions) | {"num_refused": len(refused)},
+        health=health,
     )
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
     return asdict(provenance)
 
 
-def class_weight_table(weights: dict[str, float], model: str, encoder: Encoder) -> torch.Tensor:
+def class_weight_table(weights: dict[str, float], model: str, trust_remote_code: bool) -> torch.Tensor:
     """Weight of each token id in the validation loss: V float32."""
-    ends = end_of_turn_ids(load_config(model), encoder.tokenizer)
-    table = token_classes.token_class_table(encoder.tokenizer, ends, encoder.vocab_size)
     per_class = np.array([weights.get(name, 1.0) for name in token_classes.TOKEN_CLASS_NAMES], dtype=np.float32)
-    return torch.from_numpy(per_class[token_classes.class_ids(table)])
+    return torch.from_numpy(per_class[token_classes.class_of_ids(model, trust_remote_code)])
 
 
 def _adam_scale(
@@ -139,40 +141,15 @@ def _adam_scale(
     units = plan_units(files)
     if weigh is None and is_pair(column_names(units[0]), config.columns):  # --preconditioner-data of `direction`
         weigh = PairWeights(scoring, load_reference(config, scoring), config.beta)
-    rows = good_rows(units, encoder if weigh is None else PairEncoder(encoder), [])
+    rows = good_rows(units, (encoder if weigh is None else PairEncoder(encoder)).encode, [])
     batches = []
     while len(batches) < config.preconditioner_batches:
         part = [encoded for _, encoded in islice(rows, config.preconditioner_rows)]
         if not part:
             break
-        batches.append(_batch(part))
+        batches.append(batch_of(part))
     moved = (batch.to(scoring.device) for batch in batches)
     return directions.adam_scale(directions.second_moments(scoring, moved, parameters, weigh))
-
-
-def _validation_batches(config: ScoreConfig | DirectionConfig, encoder: Encoder, refused: list[str]) -> Iterator[Batch]:
-    pairs = config.validation_objective == "dpo"
-    rows = good_rows(plan_units(config.validation), PairEncoder(encoder) if pairs else encoder, refused)
-    while part := [encoded for _, encoded in islice(rows, ROWS_IN_MEMORY)]:
-        if config.normalization == "sequence":
-            groups: Iterable[list[int]] = ([i] for i in range(len(part)))
-        else:
-            groups = plan_batches([_computed(encoded) for encoded in part], config.batch_tokens)
-        yield from (_batch([part[i] for i in group]) for group in groups)
-
-
-def _computed(encoded: Encoded | EncodedPair) -> int:
-    """Positions that an example takes in a batch of its own."""
-    if isinstance(encoded, EncodedPair):
-        return 2 * (len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids)))
-    return len(encoded.input_ids)
-
-
-def _batch(part: list) -> Batch:
-    """Encoded rows, or encoded pairs, as one batch."""
-    if isinstance(part[0], EncodedPair):
-        return pair_batch(part)
-    return make_batch([e.input_ids for e in part], [e.response_mask for e in part])
 
 
 def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) -> dict:

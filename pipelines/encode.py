@@ -146,14 +146,16 @@ def row_name(row: SourceRow) -> str:
     return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
 
 
-def good_rows(units: list[ReadUnit], encoder: Encoder | PairEncoder, refused: list[str]) -> Iterator[tuple[int, Any]]:
-    """(row id, encoded row or pair) of the usable rows; the others' places and reasons are added to `refused`."""
+def good_rows(
+    units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[str]
+) -> Iterator[tuple[int, Any]]:
+    """(row id, what `encode` makes of it) of the usable rows; the others' places and reasons are added to `refused`."""
     for unit in units:
         for row in read_unit(unit):
             try:
                 if row.data is None:
                     raise BadRowError(row.error)
-                yield row.row_id, encoder.encode(row.data)
+                yield row.row_id, encode(row.data)
             except BadRowError as error:
                 refused.append(f"{row.source}, row {row.position}: {error}")
 

@@ -4,6 +4,7 @@ Both take a data set of REQUESTS and give one of ANSWERS, in whatever order requ
 that fails comes back with its reason, and the others go on.
 """
 
+import hashlib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ def end_ids(model: str, trust_remote_code: bool) -> tuple[int, ...]:
     return tuple(sorted(ids.union(more if isinstance(more, list) else [] if more is None else [more])))
 
 
+def sample_seed(seed: int, row_id: int, sample: int) -> int:
+    """The same for a sample whatever else is generated, and unlike those of its neighbours."""
+    digest = hashlib.blake2b(f"{seed}:{row_id}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2  # fits a signed 64-bit integer with room
+
+
 def answered(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.Dataset:
     """A data set with the columns of ANSWERS."""
     run = _by_vllm if choose_engine(plan.options) == "vllm" else _by_transformers
@@ -103,7 +110,7 @@ def _by_vllm(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.Dataset:
 
     processor = build_processor(
         vllm_config(plan),
-        preprocess=partial(_request, sampling=plan.sampling, end_ids=plan.end_ids),
+        preprocess=partial(vllm_request, sampling=plan.sampling, end_ids=plan.end_ids),
         postprocess=partial(_answer, limit=plan.sampling.max_new_tokens, end_ids=frozenset(plan.end_ids)),
         preprocess_map_kwargs={"num_cpus": 0.5},
         postprocess_map_kwargs={"num_cpus": 0.5},
@@ -151,7 +158,7 @@ def vllm_config(plan: EnginePlan) -> Any:
     )
 
 
-def _request(row: dict[str, Any], sampling: SamplingOptions, end_ids: tuple[int, ...]) -> dict[str, Any]:
+def vllm_request(row: dict[str, Any], sampling: SamplingOptions, end_ids: tuple[int, ...]) -> dict[str, Any]:
     """What vLLM asks for. Neither engine uses the checkpoint's own generation settings."""
     settings = {
         "temperature": sampling.temperature,

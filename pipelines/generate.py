@@ -6,7 +6,6 @@ A block is a run of prompts with all their samples and becomes one shard, so a p
 that was cut off starts again with the prompts that no record names. A sample's seed comes from (seed, prompt, sample).
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -38,7 +37,7 @@ from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row,
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import row_name, unfinished
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids
+from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
 from pipelines.shards import total_counts
 
 logger = logging.getLogger(__name__)
@@ -227,12 +226,6 @@ def one_per_sample(prompts: pa.Table, samples: int, seed: int) -> pa.Table:
                 row | {"row_id": row["row_id"] * samples + sample, "seed": sample_seed(seed, row["row_id"], sample)}
             )
     return pa.Table.from_pylist(rows, schema=REQUESTS)
-
-
-def sample_seed(seed: int, row_id: int, sample: int) -> int:
-    """The same for a sample whatever else is generated, and unlike those of its neighbours."""
-    digest = hashlib.blake2b(f"{seed}:{row_id}:{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2  # fits a signed 64-bit integer with room
 
 
 def write_responses(block: pa.Table, output: str, samples: int, model: str) -> dict[str, list]:

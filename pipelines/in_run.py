@@ -8,22 +8,21 @@ N response tokens of a micro-batch, B rows (DPO: 2B, chosen ones first), T posit
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from alphatoken import direction as directions
 from alphatoken import losses
-from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import forward_losses
 from alphatoken.batching import Batch
 from alphatoken.head import LossHead
-from alphatoken.in_run import InRun, ValuedForward, keep_by_quantile
+from alphatoken.in_run import InRun, ValuedForward
 from alphatoken.model import ScoringModel
 from alphatoken.schema import IGNORE_INDEX
+from pipelines.in_run_masks import Judged, keep_all, keep_share, keep_unsuspected
+from pipelines.in_run_refresh import InRunPlan, Refreshing
 from pipelines.trainers import MaskedDPOTrainer, MaskedSFTTrainer
 
 KEEP = "keep"  # N bool in a micro-batch whose mask was found before its forward pass
@@ -31,24 +30,7 @@ KEEP = "keep"  # N bool in a micro-batch whose mask was found before its forward
 Inputs = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class InRunPlan:
-    """What decides on values and masks."""
-
-    estimator: str
-    keep_fraction: float
-    refresh_every: int  # optimizer steps between directions
-    plain_steps: int  # optimizer steps before the first mask
-    options: directions.GradientOptions
-    validation: list[Batch]  # this worker's share
-    window: int = 32
-    preconditioner: str = "none"
-    stability_weight: float = 0.0
-    fisher: directions.Tensors | None = None
-    reference_weights: directions.Tensors | None = None  # where drift is measured from
-
-
-class _InRunTrainer:
+class _InRunTrainer(Refreshing):
     """What both objectives share; goes before the masked trainer. Rows bring no masks."""
 
     def __init__(self, *args: Any, plan: InRunPlan, **kwargs: Any) -> None:
@@ -58,61 +40,6 @@ class _InRunTrainer:
         self.plan = plan
         self.in_run = InRun(self.model, plan.estimator, plan.options.parameters, plan.window)
         _route_forward(self.model, self.in_run)
-        self._direction: directions.Tensors | None = None  # G, preconditioned
-        self._scale: directions.Tensors = {}
-        self._refreshed_at = 0
-        self.refreshes = 0
-
-    # The direction
-
-    def _begin_step(self) -> None:
-        """Once per optimizer step: a new direction where one is due, the drift of the current weights always."""
-        step = self.state.global_step
-        if step < self.plan.plain_steps:
-            return
-        if self._direction is None or step - self._refreshed_at >= self.plan.refresh_every:
-            self._refresh()
-        if self._direction is not None and (self.plan.fisher is not None or self._refreshed_at == step):
-            self.in_run.set_direction(self._with_drift(self._direction))
-
-    def _refresh(self) -> None:
-        scale = self._adam_scale() if self.plan.preconditioner == "adam" else {}
-        if scale is None:
-            return  # the optimizer has not taken a step yet
-        with self.accelerator.autocast():
-            found = self.in_run.mean_gradient(self.plan.validation, self.plan.options)
-        weight = torch.tensor(found.weight, device=self.accelerator.device, dtype=torch.float64)
-        total = self.accelerator.reduce(weight, "sum").item()
-        self._direction = {}
-        for name, tensor in found.tensors.items():
-            mean = self.accelerator.reduce(tensor * found.weight, "sum") / total
-            self._direction[name] = mean * scale[name] if scale else mean
-        self._scale = scale
-        self._refreshed_at = self.state.global_step
-        self.refreshes += 1
-
-    def _adam_scale(self) -> directions.Tensors | None:
-        """What AdamW multiplies a gradient by, from the optimizer's own second moments; None before its first step."""
-        named = dict(self.model.named_parameters())
-        moments = {}
-        for name in scored_parameters(self.model, self.plan.options.parameters):
-            state = self.optimizer.state.get(named[name], {})
-            if "exp_avg_sq" not in state:
-                return None
-            beta = self.optimizer.param_groups[0]["betas"][1]
-            moments[name] = state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))
-        return directions.adam_scale(moments)
-
-    def _with_drift(self, direction: directions.Tensors) -> directions.Tensors:
-        """G + lambda D, both preconditioned alike."""
-        if self.plan.fisher is None:
-            return direction
-        drift = directions.drift(self.in_run.scoring, self.plan.reference_weights, self.plan.fisher)
-        weight = self.plan.stability_weight
-        return {
-            name: tensor + weight * (drift[name] * self._scale[name] if self._scale else drift[name])
-            for name, tensor in direction.items()
-        }
 
     # The masks
 
@@ -127,7 +54,7 @@ class _InRunTrainer:
             batch = self._batch(inputs)
             with self.accelerator.autocast():
                 found = self.in_run.value(batch)
-            judged.append((self._judge(found, batch, inputs), batch))
+            judged.append(self._judged(found, batch, inputs))
         for sample, keep in zip(batch_samples, self._keep(judged), strict=True):
             sample[KEEP] = keep.cpu()
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -139,25 +66,20 @@ class _InRunTrainer:
         found: ValuedForward = model(in_run_batch=batch, valued=known is None)
         if known is not None:
             return found, batch, known
-        return found, batch, self._keep([(self._judge(found, batch, inputs), batch)])[0]
+        return found, batch, self._keep([self._judged(found, batch, inputs)])[0]
 
-    def _keep(self, judged: list[tuple[torch.Tensor | None, Batch]]) -> list[torch.Tensor]:
-        """Masks of the micro-batches of a step (N bool each), from their values and those of the other workers."""
-        if any(values is None for values, _ in judged):
-            masks = [torch.ones(batch.num_response_tokens, dtype=torch.bool) for _, batch in judged]
-            masks = [mask.to(self.accelerator.device) for mask in masks]
+    def _judged(self, found: ValuedForward, batch: Batch, inputs: Inputs) -> Judged:
+        branches = self._branches(batch)[batch.predicting[0]]
+        return Judged(batch, found.losses.detach(), self._judge(found, batch, inputs), branches)
+
+    def _keep(self, judged: list[Judged]) -> list[torch.Tensor]:
+        """Masks of the micro-batches of a step (N bool each)."""
+        if not self._ready:
+            masks = keep_all(judged)
+        elif self.plan.rule == "share":
+            masks = keep_share(judged, self.plan.keep_fraction, self._everyones)
         else:
-            values = torch.cat([values for values, _ in judged])
-            rows, branches, first = [], [], 0
-            for _, batch in judged:
-                mine = batch.predicting[0]
-                rows.append(mine + first)
-                branches.append(self._branches(batch)[mine])
-                first += len(batch.input_ids)
-            keep = keep_by_quantile(
-                values, torch.cat(rows), torch.cat(branches), self.plan.keep_fraction, self._everyones
-            )
-            masks = list(keep.split([batch.num_response_tokens for _, batch in judged]))
+            masks = keep_unsuspected(judged, self._bounds, self.plan.class_of)
         kept, total = (
             sum(float(part) for part in parts) for parts in ([m.sum() for m in masks], [m.numel() for m in masks])
         )

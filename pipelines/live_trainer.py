@@ -134,7 +134,7 @@ class _LiveTrainer:
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """AdamW's second moments of the scored weights, without bias."""
-        if self.config.preconditioner == "none" or not self.state.global_step:  # nothing is valued before a step
+        if not self.config.uses_moments or not self.state.global_step:  # nothing is valued before a step
             return {}
         named = dict(self.model.named_parameters())
         beta = self.optimizer.param_groups[0]["betas"][1]

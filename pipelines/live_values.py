@@ -82,7 +82,7 @@ def validation_batches(config: TrainConfig, device: torch.device, part: int = 0,
     """Every parts-th validation row from `part` on, in batches; all rows where there are fewer than parts."""
     encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
     refused: list[str] = []
-    rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder, refused)]
+    rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder.encode, refused)]
     if not rows:
         raise UserError(f"no validation row can be used, so there is no direction {reasons(refused)}")
     if part == 0:
@@ -101,8 +101,7 @@ def gradient_options(config: TrainConfig, device: torch.device) -> directions.Gr
     """How the validation direction is made."""
     weights = None
     if config.class_weights:
-        encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
-        weights = class_weight_table(config.class_weights, config.model, encoder).to(device)
+        weights = class_weight_table(config.class_weights, config.model, config.trust_remote_code).to(device)
     return directions.GradientOptions(
         config.scored_parameters, config.normalization, config.positions_for(config.estimator), weights
     )

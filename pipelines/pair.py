@@ -27,8 +27,7 @@ from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges
 from pipelines.cluster import connect, torch_threads, user_errors
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids
-from pipelines.generate import sample_seed
+from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
 from pipelines.judges import Group
 from pipelines.shards import total_counts
 

@@ -19,7 +19,7 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.sampling import Sample, draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_tokenizer
 from alphatoken.verifiers import load_verifier, score_response
-from pipelines.generate import sample_seed
+from pipelines.engines import sample_seed
 
 
 class PairGenerator:

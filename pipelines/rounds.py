@@ -130,23 +130,33 @@ def _value_window(
             parts = [rows[part] for part in split_evenly(lengths[rows], len(actors))]
             busy = [(actor, part) for actor, part in zip(actors, parts, strict=True) if len(part)]
             tables = _wait([actor.read.remote(snapshot, part) for actor, part in busy])
+        known: list[ray.ObjectRef] = []
         if not schedule.is_plain(window):
             with _timed(seconds, "direction"):
-                gradients = [actor.gradient.remote(snapshot) for actor in actors]
-                drift = actors[0].drift.remote(snapshot)
-                direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)
-                _wait([direction])
+                direction, drift, known = _measures(training.config, actors, snapshot)
             with _timed(seconds, "score"):
                 pairs = zip(busy, tables, strict=True)
                 tables = _wait([actor.score.remote(snapshot, direction, drift, table) for (actor, _), table in pairs])
         with _timed(seconds, "mask"):
             config, output = training.config, training.output
-            summary = ask(write_window.remote(config, schedule, window, step, output, tables))
+            summary = ask(write_window.remote(config, schedule, window, step, output, tables, known))
     except RayError as error:
         if isinstance(_root(error), ObjectLostError):
             ask(board.forget.remote(step))  # the trainer that owned them has died; its successor gives new ones
         raise
     ask(board.finish.remote(window.start, summary))
+
+
+def _measures(config: RoundsConfig, actors: list, snapshot: Any) -> tuple[Any, Any, list]:
+    """(direction, drift, losses of the validation rows) at the snapshot, as far as the rule asks for them."""
+    direction = drift = None
+    known = [] if config.rule == "share" else [actor.losses.remote(snapshot) for actor in actors]
+    if config.rule != "surprising":
+        gradients = [actor.gradient.remote(snapshot) for actor in actors]
+        drift = actors[0].drift.remote(snapshot)
+        direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)
+    _wait([*known, *([] if direction is None else [direction])])
+    return direction, drift, known
 
 
 def _wait(references: list) -> list:

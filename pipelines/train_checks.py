@@ -229,7 +229,7 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     refused: list[str] = []
     records = [
         {"input_ids": row.input_ids, "response_mask": row.response_mask}
-        for _, row in good_rows(plan_units(config.evaluation), encoder, refused)
+        for _, row in good_rows(plan_units(config.evaluation), encoder.encode, refused)
     ]
     if not records:
         raise UserError(f"--evaluation: no row can be used: {'; '.join(refused[:SHOWN]) or 'the files are empty'}")

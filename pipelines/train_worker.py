@@ -25,6 +25,7 @@ from alphatoken import storage
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.model import fingerprint
+from alphatoken.token_classes import class_of_ids
 from alphatoken.tokenizer import load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import prepare_worker
@@ -137,11 +138,14 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
 
 def in_run_plan(config: TrainConfig, args: Any) -> Any:
     """Validation rows (this worker's share), Fisher and reference weights of an in-run training."""
-    from pipelines.in_run import InRunPlan
+    from pipelines.in_run_refresh import InRunPlan
 
     fisher, weights = load_fisher(config, args.device) or (None, None)
+    by_bounds = config.rule != "share"
+    class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code)) if by_bounds else None
     return InRunPlan(
         estimator=config.estimator,
+        rule=config.rule,
         keep_fraction=config.keep_fraction,
         refresh_every=config.refresh_every,
         plain_steps=config.plain_steps,
@@ -152,6 +156,7 @@ def in_run_plan(config: TrainConfig, args: Any) -> Any:
         stability_weight=config.stability_weight,
         fisher=fisher,
         reference_weights=weights,
+        class_of=class_of,
     )
 
 

@@ -7,6 +7,8 @@
 `age` is the number of steps between the weights behind a row's values and the step that first trains on it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import ray
@@ -15,6 +17,8 @@ from alphatoken import storage
 from alphatoken.masking import MaskPlan
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
+from alphatoken.suspects import Bounds, TokenLosses
+from alphatoken.token_classes import class_of_ids
 from alphatoken.window_masking import keep_all_pairs, mask_window
 
 SUMMARY = "window.json"
@@ -42,9 +46,10 @@ def write_window(
     weights_step: int,
     output: str,
     scored: list[ray.ObjectRef],
+    validation: list[ray.ObjectRef],
 ) -> dict:
-    """Mask a window's scored tables with common thresholds and write them; returns the summary. A plain window's tables
-    are not scored, and nothing of them is masked.
+    """Mask a window's scored tables with common thresholds or bounds and write them; returns the summary. A plain
+    window's tables are not scored, and nothing of them is masked. validation: losses of validation rows, for bounds.
     """
     tables: list[pa.Table] = ray.get(scored)
     folder = window_folder(output, window.start)
@@ -52,7 +57,13 @@ def write_window(
         masked = [keep_all_pairs(table) for table in tables]
     else:
         plan = MaskPlan(config.keep_fraction, config.stability_weight)
-        masked = mask_window(tables, plan, config.drop_sequences, config.scope == "window", folder)
+        if validation:
+            bounds = Bounds.of(TokenLosses.joined(ray.get(validation)))
+            classes = class_of_ids(config.model, config.trust_remote_code)
+            by_value = config.rule == "suspect"
+            plan = replace(plan, bounds=bounds, bounds_and_value=by_value, class_of_token=classes)
+        one_threshold = config.rule == "share" and config.scope == "window"
+        masked = mask_window(tables, plan, config.drop_sequences, one_threshold, folder)
     rows, steps = schedule.rows_of(window)
     counts: dict[str, int] = {}
     oldest = 0

@@ -13,11 +13,14 @@ import ray
 import torch
 
 from alphatoken import direction as directions
+from alphatoken.baselines import Baseline
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, default_device, load_model
 from alphatoken.pair_scoring import PairEstimator, check_same_vocabulary, score_pair_table
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.scoring import score_table
+from alphatoken.suspects import TokenLosses, validation_losses
+from alphatoken.token_classes import class_of_ids
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.cluster import prepare_worker
 from pipelines.encode import ENCODED_AS
@@ -49,6 +52,8 @@ class WindowScorer:
         self.scoring = load_model(config.model, config.score_dtype, self.device, config.trust_remote_code)
         self.options = gradient_options(config, self.device)
         self.validation = validation_batches(config, self.device, part, parts)
+        if config.rule != "share":
+            self.class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code))
         self.fisher, self.reference = load_fisher(config, self.device) or (None, None)
         self.rows = load_rows(shards, COLUMNS[config.data_kind]).with_format("arrow")
         self.policy_reference: ScoringModel | None = None  # dpo: what the policy is tied to
@@ -69,6 +74,11 @@ class WindowScorer:
         tensors = {name: tensor.cpu() for name, tensor in found.tensors.items()}
         return directions.MeanGradient(tensors, found.num_rows, found.num_tokens, found.weight)
 
+    def losses(self, snapshot: Snapshot) -> TokenLosses:
+        """Losses of this actor's validation rows at the snapshot."""
+        self._load(snapshot)
+        return validation_losses(self.scoring, self.validation, self.class_of)
+
     def read(self, snapshot: Snapshot, indices: np.ndarray) -> pa.Table:
         """Encoded rows with their index in the data as `row_index`: from the data, or pairs generated just now."""
         table = pa.table(self.rows[indices.tolist()]).append_column("row_index", pa.array(indices, pa.int64()))
@@ -78,9 +88,13 @@ class WindowScorer:
         return self.generator(table, snapshot.step)
 
     def score(
-        self, snapshot: Snapshot, direction: directions.Tensors, drift: directions.Tensors | None, table: pa.Table
+        self,
+        snapshot: Snapshot,
+        direction: directions.Tensors | None,
+        drift: directions.Tensors | None,
+        table: pa.Table,
     ) -> pa.Table:
-        """What `read` gave, with the columns of SCORED or SCORED_PAIRS."""
+        """What `read` gave, with the columns of SCORED or SCORED_PAIRS. Without a direction losses stand for values."""
         self._load(snapshot)
         estimator = self._estimator(direction, drift)
         tokens = self.config.batch_tokens
@@ -98,7 +112,9 @@ class WindowScorer:
         self._load(snapshot)
         return {name: t.cpu() for name, t in directions.drift(self.scoring, self.reference, self.fisher).items()}
 
-    def _estimator(self, direction: directions.Tensors, drift: directions.Tensors | None):
+    def _estimator(self, direction: directions.Tensors | None, drift: directions.Tensors | None):
+        if direction is None:
+            return Baseline(self.scoring, "loss")
         parameters = self.config.scored_parameters
         if self.config.estimator == "exact":
             return Exact(self.scoring, parameters, direction, drift)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from oracles import captures, double, linear_matrix, positions, relative_error
-from tiny_models import VOCABULARY, random_rows, tiny_model
+from tiny_models import random_rows, tiny_model
 
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
 from alphatoken.errors import UserError
-from alphatoken.fisher import diagonal_fisher, sample_responses
+from alphatoken.fisher import diagonal_fisher, sampled_batch
 from alphatoken.generation import until_end
 from alphatoken.model import prepare_model
 
@@ -31,26 +31,10 @@ def test_equals_the_sum_over_tokens_of_squares(architecture):
     assert found.num_rows == 4
 
 
-def test_samples_follow_the_model_and_the_seed():
-    scoring = prepare_model(tiny_model("llama"))
-    prompt = [5, 6, 7]
-    options = {"max_new_tokens": 1, "end_ids": {2}}
-    batch = sample_responses(scoring, [prompt] * 4000, list(range(4000)), seed=1, **options)
-    again = sample_responses(scoring, [prompt] * 4000, list(range(4000)), seed=1, **options)
-    assert torch.equal(batch.input_ids, again.input_ids)
-    frequency = torch.bincount(batch.input_ids[:, 3], minlength=VOCABULARY) / 4000
-    expected = scoring.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    assert float((frequency - expected).abs().max()) < 0.03
-    assert batch.response_mask.sum() == 4000
-
-
-def test_prompts_of_unequal_length_are_sampled_as_if_alone():
-    """Left padding must not change the distribution: greedy-like check through the log-probabilities."""
-    scoring = prepare_model(tiny_model("llama"))
-    batch = sample_responses(scoring, [[5, 6, 7, 8, 9], [4]], [0, 1], max_new_tokens=6, end_ids={2}, seed=0)
-    for ids, mask, prompt in zip(batch.input_ids.tolist(), batch.response_mask.tolist(), (5, 1), strict=True):
-        assert mask[:prompt] == [False] * prompt and mask[prompt]
-        assert ids[:prompt] == ([5, 6, 7, 8, 9] if prompt == 5 else [4])
+def test_a_batch_of_samples_scores_the_responses_alone():
+    batch = sampled_batch([([5, 6, 7], [8, 2]), ([4], [9])])
+    assert batch.input_ids.tolist()[0] == [5, 6, 7, 8, 2] and batch.input_ids.tolist()[1][:2] == [4, 9]
+    assert batch.response_mask.tolist() == [[False] * 3 + [True] * 2, [False, True] + [False] * 3]
 
 
 def test_a_response_ends_with_its_end_of_turn():

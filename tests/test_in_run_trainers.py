@@ -3,6 +3,7 @@
 import copy
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import prepare_model
 from alphatoken.value_propagation import ValuePropagation
-from pipelines.in_run import InRunDPOTrainer, InRunPlan, InRunSFTTrainer
+from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
+from pipelines.in_run_refresh import InRunPlan
 from pipelines.train_data import DPOCollator, SFTCollator
 from tests import hand_written
 from tests.masked_folder import SIDES, pair_rows, sft_rows
@@ -95,6 +97,52 @@ def test_sft_step(tmp_path, estimator, batch, accumulation, normalize):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(
         hand_written.sft(small_model(), masked, normalize).item(), rel=1e-6
     )
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("rule", ["suspect", "surprising"])
+def test_sft_step_within_bounds(tmp_path, monkeypatch, rule, batch, accumulation):
+    """Bounds from losses one row and one token at a time; whole rows go too."""
+    monkeypatch.setattr("alphatoken.suspects.FEWEST_TOKENS", 3)
+    monkeypatch.setattr("alphatoken.suspects.ROW_WIDTH", 0.2)
+    model = small_model()
+    rows = [{name: row[name] for name in ("input_ids", "response_mask")} for row in sft_rows(8)]
+    held_out = sft_rows(3, seed=9)
+    classes = torch.arange(model.config.vocab_size) % 2
+
+    def losses_of(row: dict) -> list[tuple[int, float]]:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        inside = [i for i, mask in enumerate(row["response_mask"]) if mask]
+        return [(row["input_ids"][i], -float(logprobs[i - 1, row["input_ids"][i]])) for i in inside]
+
+    known = [losses_of(row) for row in held_out]
+    limits = {}
+    for number in (0, 1):
+        mine = [loss for row in known for token, loss in row if token % 2 == number]
+        limits[number] = np.quantile(mine, 0.9) if len(mine) >= 3 else np.inf
+    means = [np.mean([loss for _, loss in row]) for row in known]
+    row_limit = np.mean(means) + 0.2 * np.std(means, ddof=1)
+    values = offline_values(model, "exact", *([row[name] for row in rows] for name in rows[0]))
+    masked, dropped_rows, dropped_tokens = [], 0, 0
+    for row, row_values in zip(rows, values, strict=True):
+        found = losses_of(row)
+        whole = np.mean([loss for _, loss in found]) > row_limit
+        flags = [
+            not whole and not (loss > limits[token % 2] and (rule == "surprising" or value < 0))
+            for (token, loss), value in zip(found, row_values.tolist(), strict=True)
+        ]
+        dropped_rows += whole
+        dropped_tokens += 0 if whole else len(flags) - sum(flags)
+        keep = iter(flags)
+        labels = [t if inside and next(keep) else -100 for t, inside in zip(*row.values(), strict=True)]
+        masked.append(row | {"labels": labels})
+    assert dropped_rows and dropped_tokens  # the case is not empty
+    expected = hand_written.gradient(copy.deepcopy(model), lambda m: hand_written.sft(m, masked, "kept"))
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    plan = plan_of("exact", rule=rule, class_of=classes.to(torch.int8))
+    trainer = sft_trainer(tmp_path, model, rows, plan, **sizes)
+    hand_written.assert_same_gradient(step(trainer), expected)
 
 
 @pytest.mark.parametrize("mode", ["loss", "ratio"])

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -23,6 +24,9 @@ from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import load_model
 from alphatoken.rounds_config import RoundsConfig
+from alphatoken.schedule import Window
+from alphatoken.suspects import Bounds, token_losses, validation_losses
+from alphatoken.token_classes import class_of_ids
 from pipelines.live_values import validation_batches
 from pipelines.rounds import make_schedule, run_rounds
 from pipelines.train import read_metrics
@@ -119,6 +123,45 @@ def test_values_are_those_of_the_weights_at_the_window(local_ray, tmp_path, inpu
         found = estimator(make_batch([source["input_ids"]], [source["response_mask"]])).adaptation
         stored = torch.tensor(row["adaptation"])[torch.tensor(row["response_mask"])]
         assert (stored - found).abs().max() < 1e-2 * found.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["suspect", "surprising"])
+def test_suspect_tokens_and_rows_are_left_out(local_ray, tmp_path, inputs, rule):
+    """The first window's masks are those of the library at the weights that plain steps led to."""
+    data = tmp_path / "data.jsonl"  # one row that no validation row is like
+    odd = json.dumps({"id": "odd", "prompt": "one two", "completion": " zzqj xw ##!! 0931 {{}}"})
+    data.write_text("\n".join([*Path(inputs["data"][0]).read_text().splitlines()[:15], odd]) + "\n")
+    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32", "rule": rule}
+    own = inputs | {"data": [str(data)]}
+    config = config_of(own, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
+    manifest = run_rounds(config)
+    assert manifest["rounds"]["kept_fraction"] < 1
+    run_rounds(plain := config_of(own, tmp_path / "plain", **shared, max_steps=2, refresh_every=2))
+    scoring = load_model(f"{plain.output}/model", "float32")
+    validation = validation_batches(config, torch.device("cpu"))
+    class_of = torch.from_numpy(class_of_ids(config.model))
+    bounds = Bounds.of(validation_losses(scoring, validation, class_of))
+    direction = mean_gradient(scoring, validation, GradientOptions("all-linear")).tensors
+    estimator = Exact(scoring, "all-linear", direction, method="forward")
+    ((summary, table),) = windows_of(config.output)
+    assert summary["counts"]["rows_in"] == 8
+    stays = {row["row_index"]: row for row in table.to_pylist()}
+    encoded = storage.read_table(storage.list_shards(f"{config.output}/encoded")[0]).to_pylist()
+    rows, _ = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=16))).rows_of(
+        Window(2, 4, 2)
+    )
+    for index in rows.tolist():
+        row = encoded[index]
+        batch = make_batch([row["input_ids"]], [row["response_mask"]])
+        found = estimator(batch)
+        values = found.adaptation.numpy() if rule == "suspect" else None
+        keep = bounds.keep(token_losses(batch, -found.logprobs, class_of), values)
+        if not keep.any():
+            assert index not in stays
+            continue
+        labels = np.array(stays[index]["labels"])[np.array(row["response_mask"])]
+        assert ((labels >= 0) == keep).all()
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ import torch
 from datasets import load_dataset
 
 from alphatoken import schema, storage, tensor_file
-from alphatoken.config import DataOptions, DirectionConfig, FisherConfig, MaskConfig, ScoreConfig
+from alphatoken.config import DataOptions, DirectionConfig, MaskConfig, ScoreConfig
 from alphatoken.errors import UserError
+from alphatoken.fisher_config import FisherConfig
 from alphatoken.model import load_model
 from alphatoken.scoring import build_estimator, score_columns
 from alphatoken.sources import plan_units, read_unit
@@ -189,9 +190,14 @@ def test_direction_and_fisher_files_give_stability(tiny_checkpoint, files, tmp_p
     make_encoder(tiny_checkpoint, DataOptions()).tokenizer.save_pretrained(checkpoint)
     fisher = FisherConfig(
         model=tiny_checkpoint, prompts=[files["data"]], output=str(tmp_path / "fisher.safetensors"),
-        parameters="last-layers:2", num_prompts=8, max_new_tokens=8,
+        parameters="last-layers:2", num_prompts=8, max_new_tokens=8, engine="transformers",
     )  # fmt: skip
     assert run_fisher(fisher)["num_rows"] == 8
+    same = fisher.model_copy(update={"output": str(tmp_path / "same.safetensors"), "batch_tokens": 64})
+    run_fisher(same)
+    one, other = (tensor_file.load(config.output, "fisher").group("fisher") for config in (fisher, same))
+    for name, tensor in one.items():  # the samples are those of (seed, prompt), whoever draws them
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-9)
     direction = DirectionConfig(
         model=checkpoint, validation=[files["validation"]], output=str(tmp_path / "direction.safetensors"),
         parameters="last-layers:2", class_weights={"end-of-turn": 0.0},

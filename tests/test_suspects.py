@@ -5,6 +5,8 @@ import pytest
 
 from alphatoken.suspects import (
     FEWEST_TOKENS,
+    Bounds,
+    TokenLosses,
     loss_bounds,
     row_loss_bound,
     row_means,
@@ -38,3 +40,28 @@ def test_rows_are_judged_by_mean_loss() -> None:
     assert row_loss_bound(validation, offsets, width=2.0) == pytest.approx(4.0)
     assert suspect_rows(np.array([3.9, 4.0, 4.2]), np.array([0, 1, 2, 3]), 4.0).tolist() == [False, False, True]
     assert row_loss_bound(validation[:2], offsets[:2]) == np.inf
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_equal_a_loop_over_rows_and_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def draw(rows: int) -> TokenLosses:
+        lengths = rng.integers(1, 40, rows)
+        return TokenLosses(rng.gamma(2.0, 1.0, lengths.sum()), rng.integers(0, 6, lengths.sum()), lengths)
+
+    validation, found = TokenLosses.joined([draw(10), draw(5)]), draw(20)
+    values = rng.normal(size=len(found.losses))
+    bounds = Bounds.of(validation)
+    means = [part.mean() for part in np.split(validation.losses, validation.offsets[1:-1])]
+    assert len(means) == 15 and bounds.row == pytest.approx(np.mean(means) + 3 * np.std(means, ddof=1))
+    expected = []
+    for start, stop in zip(found.offsets, found.offsets[1:], strict=False):
+        bad_row = found.losses[start:stop].mean() > bounds.row
+        for i in range(start, stop):
+            mine = validation.losses[validation.classes == found.classes[i]]
+            surprising = len(mine) >= FEWEST_TOKENS and found.losses[i] > np.quantile(mine, 0.9)
+            expected.append((not bad_row and not surprising, not bad_row and not (surprising and values[i] < 0)))
+    assert bounds.keep(found).tolist() == [either for either, _ in expected]
+    assert bounds.keep(found, values).tolist() == [both for _, both in expected]
+    assert 0 < bounds.keep(found).sum() < bounds.keep(found, values).sum() < len(values)

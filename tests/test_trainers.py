@@ -207,7 +207,7 @@ def test_long_rows_are_cut(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["loss", "ratio"])
-@pytest.mark.parametrize("reference", ["model", "stored"])
+@pytest.mark.parametrize("reference", ["model", "stored", "scored"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
 def test_dpo_step_has_the_hand_written_gradient(tmp_path, mode, reference, batch, accumulation):
     rows, model, ref_model = pair_rows(4), small_model(0), small_model(1)
@@ -215,6 +215,8 @@ def test_dpo_step_has_the_hand_written_gradient(tmp_path, mode, reference, batch
     value = hand_written.dpo_loss(model, ref_model, rows, BETA, mode)
     if reference == "stored":
         rows, ref_model = with_reference(rows, ref_model, per_token=mode == "ratio"), None
+    elif reference == "scored":
+        rows, ref_model = as_scored(rows, ref_model), None
     sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     trainer = dpo_trainer(tmp_path, model, rows, ref_model, mode, **sizes)
     hand_written.assert_same_gradient(step(trainer), expected)
@@ -232,6 +234,29 @@ def with_reference(rows: list[dict], model, per_token: bool) -> list[dict]:
             extra[f"ref_{side}_logps"] = tokens.tolist() if per_token else tokens.sum().item()
         found.append(row | extra)
     return found
+
+
+def as_scored(rows: list[dict], model) -> list[dict]:
+    """Sums, and beside them one number per token: the columns of `score`."""
+    summed, tokens = (with_reference(rows, model, per_token=per_token) for per_token in (False, True))
+    return [
+        a | {f"{side}_ref_logprobs": b[f"ref_{side}_logps"] for side in ("chosen", "rejected")}
+        for a, b in zip(summed, tokens, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["loss", "ratio"])
+def test_the_stored_reference_covers_what_is_left_of_a_cut_pair(mode):
+    rows = as_scored(pair_rows(4), small_model(1))
+    longest = 1 + max(len(row["prompt_ids"]) for row in rows)
+    batch = DPOCollator(PAD, longest, True, mode)(rows)
+    for side in ("chosen", "rejected"):
+        for row, found in zip(rows, batch[f"ref_{side}_logps"].tolist(), strict=True):
+            left = longest - len(row["prompt_ids"])
+            kept = [True] * left if mode == "loss" else row[f"{side}_mask"]
+            pairs = zip(row[f"{side}_ref_logprobs"][:left], kept, strict=False)
+            assert found == pytest.approx(sum(value for value, keep in pairs if keep))
+        assert any(len(row[f"{side}_ids"]) > longest - len(row["prompt_ids"]) for row in rows)  # some were cut
 
 
 def test_nothing_masked_is_plain_trl_dpo(tmp_path):

@@ -1,0 +1,61 @@
+"""What a fresh direction is worth, measured on a few rows: told to the user and kept beside it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+
+from alphatoken import direction as directions
+from alphatoken import token_classes
+from alphatoken.batching import Batch
+from alphatoken.config import DirectionConfig, ScoreConfig
+from alphatoken.direction_health import agreement, class_shares, concerns
+from alphatoken.encode import Encoder
+from alphatoken.model import ScoringModel
+from alphatoken.pair_encode import PairEncoder
+from alphatoken.sources import plan_units
+from pipelines.encode import good_rows
+from pipelines.validation_rows import batch_of
+
+SAMPLE_ROWS = 16  # of the validation files, and of those to be scored
+
+logger = logging.getLogger(__name__)
+
+
+def check_direction(
+    scoring: ScoringModel,
+    config: ScoreConfig | DirectionConfig,
+    encoder: Encoder,
+    options: directions.GradientOptions,
+    found: directions.MeanGradient,
+    halves: list[directions.GradientSum],
+    scale: directions.Tensors,
+    data_pairs: bool,
+) -> dict[str, Any]:
+    """Class shares of the direction, and agreement of its halves on the rows to be scored, where there are some."""
+    shares = {}
+    if config.validation_objective == "sft":
+        rows = _sample(config.validation, encoder.encode, scoring.device)
+        classes = torch.from_numpy(token_classes.class_of_ids(config.model, config.trust_remote_code))
+        shares = class_shares(scoring, options.parameters, found.tensors, rows, classes, options.class_weights)
+    agreed = None
+    data = getattr(config, "data", [])
+    if data and all(half.weight for half in halves):
+        rows = _sample(data, (PairEncoder(encoder) if data_pairs else encoder).encode, scoring.device)
+        if sum(batch.num_response_tokens for batch in rows) > 1:
+            agreed = agreement(scoring, options.parameters, [_scaled(half, scale) for half in halves], rows)
+    for sentence in concerns(shares, agreed, found.num_rows):
+        logger.warning(sentence)
+    return {"class_shares": {name: asdict(share) for name, share in shares.items()}, "agreement_of_halves": agreed}
+
+
+def _sample(files: list[str], encode: Callable[[dict], Any], device: torch.device) -> list[Batch]:
+    """The first usable rows, one a batch."""
+    return [batch_of([row]).to(device) for _, row in islice(good_rows(plan_units(files), encode, []), SAMPLE_ROWS)]
+
+
+def _scaled(half: directions.GradientSum, scale: directions.Tensors) -> directions.Tensors:
+    return {name: tensor * scale[name] for name, tensor in half.tensors.items()} if scale else half.tensors

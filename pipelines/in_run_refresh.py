@@ -1,0 +1,111 @@
+"""What in-run values and masks are measured against: the validation direction, the drift and the bounds, kept fresh.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from alphatoken import direction as directions
+from alphatoken.architecture import scored_parameters
+from alphatoken.batching import Batch
+from alphatoken.in_run import InRun
+from alphatoken.suspects import Bounds, TokenLosses
+
+
+@dataclass(frozen=True)
+class InRunPlan:
+    """What decides on values and masks."""
+
+    estimator: str
+    keep_fraction: float
+    refresh_every: int  # optimizer steps between directions
+    plain_steps: int  # optimizer steps before the first mask
+    options: directions.GradientOptions
+    validation: list[Batch]  # this worker's share
+    rule: str = "share"  # or suspect, surprising
+    window: int = 32
+    preconditioner: str = "none"
+    stability_weight: float = 0.0
+    fisher: directions.Tensors | None = None
+    reference_weights: directions.Tensors | None = None  # where drift is measured from
+    class_of: torch.Tensor | None = None  # V: class of each token id; for bounds
+
+
+class Refreshing:
+    """A trainer's part that makes them anew every `plan.refresh_every` steps. Needs `model` and `plan`."""
+
+    in_run: InRun
+    plan: InRunPlan
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._direction: directions.Tensors | None = None  # G, preconditioned
+        self._scale: directions.Tensors = {}
+        self._bounds: Bounds | None = None
+        self._refreshed_at = 0
+        self.refreshes = 0
+
+    def _begin_step(self) -> None:
+        """Once per optimizer step: a new direction where one is due, the drift of the current weights always."""
+        step = self.state.global_step
+        if step < self.plan.plain_steps:
+            return
+        if not self._ready or step - self._refreshed_at >= self.plan.refresh_every:
+            self._refresh()
+        if self._direction is not None and (self.plan.fisher is not None or self._refreshed_at == step):
+            self.in_run.set_direction(self._with_drift(self._direction))
+
+    @property
+    def _ready(self) -> bool:
+        """Whether tokens can be judged."""
+        by_value, by_bounds = self.plan.rule != "surprising", self.plan.rule != "share"
+        return not (by_value and self._direction is None) and not (by_bounds and self._bounds is None)
+
+    def _refresh(self) -> None:
+        if self.plan.rule != "surprising":
+            scale = self._adam_scale() if self.plan.preconditioner == "adam" else {}
+            if scale is None:
+                return  # the optimizer has not taken a step yet
+            self._refresh_direction(scale)
+        if self.plan.rule != "share":
+            with self.accelerator.autocast():
+                found = self.in_run.validation_losses(self.plan.validation, self.plan.class_of)
+            self._bounds = Bounds.of(TokenLosses.joined(gather_object([found])))
+        self._refreshed_at = self.state.global_step
+        self.refreshes += 1
+
+    def _refresh_direction(self, scale: directions.Tensors) -> None:
+        with self.accelerator.autocast():
+            found = self.in_run.mean_gradient(self.plan.validation, self.plan.options)
+        weight = torch.tensor(found.weight, device=self.accelerator.device, dtype=torch.float64)
+        total = self.accelerator.reduce(weight, "sum").item()
+        self._direction = {}
+        for name, tensor in found.tensors.items():
+            mean = self.accelerator.reduce(tensor * found.weight, "sum") / total
+            self._direction[name] = mean * scale[name] if scale else mean
+        self._scale = scale
+
+    def _adam_scale(self) -> directions.Tensors | None:
+        """What AdamW multiplies a gradient by, from the optimizer's own second moments; None before its first step."""
+        named = dict(self.model.named_parameters())
+        moments = {}
+        for name in scored_parameters(self.model, self.plan.options.parameters):
+            state = self.optimizer.state.get(named[name], {})
+            if "exp_avg_sq" not in state:
+                return None
+            beta = self.optimizer.param_groups[0]["betas"][1]
+            moments[name] = state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))
+        return directions.adam_scale(moments)
+
+    def _with_drift(self, direction: directions.Tensors) -> directions.Tensors:
+        """G + lambda D, both preconditioned alike."""
+        if self.plan.fisher is None:
+            return direction
+        drift = directions.drift(self.in_run.scoring, self.plan.reference_weights, self.plan.fisher)
+        weight = self.plan.stability_weight
+        return {
+            name: tensor + weight * (drift[name] * self._scale[name] if self._scale else drift[name])
+            for name, tensor in direction.items()
+        }

@@ -1,0 +1,45 @@
+"""Validation rows, or held-out pairs, as batches."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+
+from alphatoken.batching import Batch, make_batch, plan_batches
+from alphatoken.config import DirectionConfig, ScoreConfig
+from alphatoken.encode import Encoded, Encoder
+from alphatoken.pair_direction import pair_batch
+from alphatoken.pair_encode import EncodedPair, PairEncoder
+from alphatoken.sources import plan_units
+from pipelines.encode import good_rows
+
+ROWS_IN_MEMORY = 256  # sorted by length at a time
+
+
+def validation_batches(
+    config: ScoreConfig | DirectionConfig, encoder: Encoder, refused: list[str], half: int, device: torch.device
+) -> Iterator[Batch]:
+    """Every second usable row, from row `half` on. Those that cannot be used are added to `refused` by half 0."""
+    pairs = config.validation_objective == "dpo"
+    encode = (PairEncoder(encoder) if pairs else encoder).encode
+    rows = islice(good_rows(plan_units(config.validation), encode, [] if half else refused), half, None, 2)
+    while part := [encoded for _, encoded in islice(rows, ROWS_IN_MEMORY)]:
+        if config.normalization == "sequence":
+            groups: Iterable[list[int]] = ([i] for i in range(len(part)))
+        else:
+            groups = plan_batches([_computed(encoded) for encoded in part], config.batch_tokens)
+        yield from (batch_of([part[i] for i in group]).to(device) for group in groups)
+
+
+def _computed(encoded: Encoded | EncodedPair) -> int:
+    """Positions that an example takes in a batch of its own."""
+    if isinstance(encoded, EncodedPair):
+        return 2 * (len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids)))
+    return len(encoded.input_ids)
+
+
+def batch_of(part: list) -> Batch:
+    """Encoded rows, or encoded pairs, as one batch."""
+    if isinstance(part[0], EncodedPair):
+        return pair_batch(part)
+    return make_batch([e.input_ids for e in part], [e.response_mask for e in part])
