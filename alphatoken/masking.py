@@ -25,7 +25,7 @@ class MaskPlan:
     stability_weight: float
     min_value: float | None = None
     weights: bool = False
-    class_of_token: np.ndarray | None = None  # int8 by token id; None: no class is protected, no bounds
+    class_of_token: np.ndarray | None = None  # int8 by token id; None: not known
     protected_classes: np.ndarray | None = None  # int8
     drop_up_to: tuple[int, ...] | None = None  # digits of the highest (mean value, row id) that is dropped
     threshold: float | None = None  # one for the data set; None: one per response
@@ -38,6 +38,7 @@ class MaskedShard:
     data: pa.Table  # MASKED
     quarantine: pa.Table  # QUARANTINE
     counts: dict[str, int]
+    by_class: np.ndarray | None = None  # (C, 2) int64: response tokens and kept ones of each class
 
 
 def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
@@ -78,7 +79,19 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
         "response_tokens": len(keep),
         "kept_tokens": int(keep.sum()),
     }
-    return MaskedShard(rows, quarantine_table(table, states, plan, source), counts)
+    by_class = class_counts(input_ids[response_mask], keep, plan)
+    return MaskedShard(rows, quarantine_table(table, states, plan, source), counts, by_class)
+
+
+def class_counts(token_ids: np.ndarray, keep: np.ndarray, plan: MaskPlan) -> np.ndarray | None:
+    """(C, 2) int64: response tokens and kept ones of each class; None where classes are not known."""
+    if plan.class_of_token is None:
+        return None
+    numbers = np.append(plan.class_of_token, np.int8(-1)).astype(np.int64)  # the last: ids beyond the table
+    classes = numbers[np.minimum(token_ids, len(plan.class_of_token))]
+    size = int(numbers.max()) + 1
+    parts = (classes[classes >= 0], classes[keep & (classes >= 0)])
+    return np.stack([np.bincount(part, minlength=size) for part in parts], axis=1)
 
 
 def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
@@ -125,7 +138,7 @@ def droppable_digits(table: pa.Table, plan: MaskPlan) -> list[np.ndarray]:
 def value_columns(plan: MaskPlan) -> list[str]:
     """The columns that `value_digits` needs."""
     columns = ["row_id", "response_mask", "adaptation", "stability", "mean_adaptation", "mean_stability"]
-    return columns if plan.class_of_token is None else [*columns, "input_ids"]
+    return columns if plan.protected_classes is None else [*columns, "input_ids"]
 
 
 def value_digits(table: pa.Table, plan: MaskPlan, source: str) -> list[np.ndarray]:
@@ -133,7 +146,7 @@ def value_digits(table: pa.Table, plan: MaskPlan, source: str) -> list[np.ndarra
     table = table.filter(pa.array(row_states(table, plan, source) == STAYS))
     _, values, response_mask = _values(table, plan, source)
     values = values[response_mask]
-    if plan.class_of_token is not None:
+    if plan.protected_classes is not None:
         values = values[~_protected(flat(table, "input_ids")[response_mask], plan)]
     return selection.float_digits(values)
 
@@ -167,7 +180,7 @@ def flat(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _protected(token_ids: np.ndarray, plan: MaskPlan) -> np.ndarray | None:
-    if plan.class_of_token is None:
+    if plan.protected_classes is None:
         return None
     return selection.tokens_of_classes(token_ids, plan.class_of_token, plan.protected_classes)
 

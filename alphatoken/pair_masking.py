@@ -21,7 +21,7 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
     states = pair_states(table, plan, source)
     stays = states == STAYS
     rows = table if stays.all() else table.filter(pa.array(stays))
-    masks, values, counted = [], [], {"response_tokens": 0, "kept_tokens": 0}
+    masks, values, counted, by_class = [], [], {"response_tokens": 0, "kept_tokens": 0}, []
     for branch in BRANCHES:
         own = replace(plan, drop_up_to=None, weights=False, threshold=thresholds.get(branch))
         masked = masking.mask_table(branch_table(rows, branch), own, f"{source} ({branch})")
@@ -29,6 +29,7 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
         offsets = masking.offsets_of(masked.data, "input_ids")
         masks.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(labels == ids)))
         values.append(masked.data["value"])
+        by_class.append(masked.by_class)
         for name in counted:
             counted[name] += masked.counts[name]
     for field, column in zip(schema.MASKED_PAIRS_EXTRA, [*masks, *values], strict=True):
@@ -40,7 +41,8 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
         "rows_dropped_sequences": int((states == DROPPED).sum()),
         **counted,
     }
-    return MaskedShard(rows, masking.quarantine_table(table, states, plan, source), counts)
+    whole = None if by_class[0] is None else sum(by_class)
+    return MaskedShard(rows, masking.quarantine_table(table, states, plan, source), counts, whole)
 
 
 def pair_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -71,6 +72,20 @@ def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:
     """
     alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return max(1, (os.cpu_count() or 1) // actors if alone else int(cpus_per_actor))
+
+
+def actor_pool(low: int, high: int) -> Any:
+    """Actors that call a class of ours in the thread that has made it.
+
+    Ray Data would call it in another one. OpenMP keeps a pool of threads for each, together more than there are cores,
+    and then every parallel operation waits tens of microseconds for its threads to wake up. An actor still takes one
+    block at a time.
+    """
+    from ray.data import ActorPoolStrategy
+
+    if low == high:
+        return ActorPoolStrategy(size=high, enable_true_multi_threading=True)
+    return ActorPoolStrategy(min_size=low, max_size=high, enable_true_multi_threading=True)
 
 
 def prepare_worker(threads: int) -> None:

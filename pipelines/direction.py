@@ -20,7 +20,7 @@ from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.sources import column_names, data_fingerprint, plan_units
 from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction_checks import check_direction
+from pipelines.direction_checks import check_direction, tell
 from pipelines.encode import good_rows, make_encoder
 from pipelines.validation_rows import batch_of, validation_batches
 
@@ -35,7 +35,9 @@ def run_direction(config: DirectionConfig) -> dict:
     token_classes.check_class_names(config.class_weights)
     connect()
     with user_errors():
-        return ray.get(_direction_task.options(**one_accelerator()).remote(config, torch_threads()))
+        provenance = ray.get(_direction_task.options(**one_accelerator()).remote(config, torch_threads()))
+    tell(provenance["health"])
+    return provenance
 
 
 def check_validation(config: ScoreConfig | DirectionConfig) -> None:

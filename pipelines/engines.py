@@ -23,7 +23,7 @@ from alphatoken.model import default_device, load_model, resolve_dtype
 from alphatoken.readers import first_line
 from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
-from pipelines.cluster import prepare_worker, torch_threads
+from pipelines.cluster import actor_pool, prepare_worker, torch_threads
 
 ERROR = "__inference_error__"  # ray.data.llm's own: rows that have one pass its stages untouched
 REQUESTS_PER_BATCH = 64
@@ -211,7 +211,7 @@ def _by_transformers(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.D
         fn_constructor_kwargs={"plan": plan, "threads": torch_threads(high, plan.options.cpus_per_replica)},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=high) if low == high else ray.data.ActorPoolStrategy(low, high),
+        compute=actor_pool(low, high),
         num_cpus=plan.options.cpus_per_replica,
         num_gpus=plan.options.gpus_per_replica,
     )

@@ -31,6 +31,9 @@ STALE_WARNING = (
     "this data for a short interval, then score and mask again with the new weights."
 )
 
+FEWEST_TOKENS = 30  # of a class, to speak of its share
+UNUSUAL_GAP = 0.3  # between the kept share of a class and that of all tokens
+
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     pairs = bool(scored.get("pairs"))
     if pairs and config.weights:
         raise UserError("--weights is for rows of SFT: DPO training knows no soft weights")
-    plan = _plan(config, source)
+    plan, class_names = _plan(config, source)
     fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
     logger.warning(STALE_WARNING)
 
@@ -67,6 +70,9 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         _mask_shards(shards, plan, thresholds, folder, progress)
     _copy_token_classes(source, target)
     counts = _counts(folder)
+    by_class = _kept_by_class(folder, class_names)
+    for sentence in unbalanced(by_class, counts["kept_fraction"]):
+        logger.warning(sentence)
     result = manifests.build_manifest(
         "mask",
         config.model_dump(mode="json"),
@@ -77,6 +83,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
             # An infinite threshold stands for 'no token to choose from', and is not JSON.
             "threshold": _finite(thresholds, pairs),
             "pairs": pairs,
+            "kept_by_class": by_class,
             "scored": {name: scored[name] for name in ("created", "counts", "config", "fingerprints")},
         },
     )
@@ -91,17 +98,21 @@ def _identity(config: MaskConfig, source: str, fingerprints: dict) -> dict:
     return {"stage": "mask", "config": settings | {"input": source}, "fingerprints": fingerprints}
 
 
-def _plan(config: MaskConfig, source: str) -> MaskPlan:
+def _plan(config: MaskConfig, source: str) -> tuple[MaskPlan, list[str]]:
+    """The plan, and the names of the token classes that it numbers; a folder without a table of them has none."""
     plan = MaskPlan(config.keep_fraction, config.stability_weight, config.min_value, config.weights)
-    if not config.protect:
-        return plan
-    table = storage.read_table(storage.join(source, "token_classes.parquet"), ["token_id", "token_class"])
+    table_uri = storage.join(source, "token_classes.parquet")
+    if not config.protect and not storage.exists(table_uri):
+        return plan, []
+    table = storage.read_table(table_uri, ["token_id", "token_class"])
     classes = table["token_class"].unify_dictionaries().combine_chunks()
     token_ids = table["token_id"].to_numpy()
     class_of_token = np.full(int(token_ids.max()) + 1, -1, dtype=np.int8)
     class_of_token[token_ids] = classes.indices.to_numpy(zero_copy_only=False)
-    numbers = selection.class_numbers(config.protect, classes.dictionary.to_pylist())
-    return replace(plan, class_of_token=class_of_token, protected_classes=numbers)
+    names = classes.dictionary.to_pylist()
+    if config.protect:
+        plan = replace(plan, protected_classes=selection.class_numbers(config.protect, names))
+    return replace(plan, class_of_token=class_of_token), names
 
 
 ROWS = "rows"  # the threshold's name where rows are not pairs; there each branch has one
@@ -191,6 +202,7 @@ def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, out
         "row_ids": row_id_runs(table["row_id"].to_numpy()),
         "counts": result.counts,
         "seconds": round(time.monotonic() - started, 3),
+        "by_class": None if result.by_class is None else result.by_class.tolist(),
     }
     RunFolder(output).write_shard(result.data, result.quarantine, record)
     return {"shard": name}
@@ -203,6 +215,33 @@ def _counts(folder: RunFolder) -> dict[str, Any]:
     if not counts["rows_out"]:
         raise UserError(f"no row is left after masking; the reasons are in {storage.join(folder.uri, 'quarantine')}")
     return counts | {"kept_fraction": round(counts["kept_tokens"] / counts["response_tokens"], 6)}
+
+
+def _kept_by_class(folder: RunFolder, names: list[str]) -> dict[str, dict[str, int]]:
+    """Response tokens and kept ones, by token class; empty where classes are not known."""
+    found = [np.array(record["by_class"]) for record in folder.commits() if record.get("by_class")]
+    total = np.zeros((len(names), 2), dtype=np.int64)
+    for counts in found:
+        total[: len(counts)] += counts
+    return {
+        name: {"response_tokens": tokens, "kept_tokens": kept}
+        for name, (tokens, kept) in zip(names, total.tolist(), strict=True)
+        if tokens
+    }
+
+
+def unbalanced(by_class: dict[str, dict[str, int]], kept_fraction: float) -> list[str]:
+    """A sentence for each token class that is dropped far more often than tokens are on average."""
+    sentences = []
+    for name, counts in by_class.items():
+        rate = counts["kept_tokens"] / counts["response_tokens"]
+        if counts["response_tokens"] >= FEWEST_TOKENS and rate < kept_fraction - UNUSUAL_GAP:
+            sentences.append(
+                f"only {rate:.0%} of the {name} tokens are kept, of all response tokens {kept_fraction:.0%}: the model "
+                f"would hardly be trained on them; --protect {name} keeps them, and values may be about the format "
+                "more than about the task"
+            )
+    return sentences
 
 
 def _copy_token_classes(source: str, target: str) -> None:

@@ -26,7 +26,7 @@ from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges
-from pipelines.cluster import connect, torch_threads, user_errors
+from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
 from pipelines.judges import Group
 from pipelines.shards import total_counts
@@ -115,7 +115,7 @@ def _resources(config: PairConfig) -> dict[str, Any]:
     if config.judge != "reward-model":
         return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=4), "num_cpus": 1}
     low, high = config.replica_range
-    pool = ray.data.ActorPoolStrategy(size=high) if low == high else ray.data.ActorPoolStrategy(low, high)
+    pool = actor_pool(low, high)
     return {"compute": pool, "num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
 
 

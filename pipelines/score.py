@@ -32,8 +32,9 @@ from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, column_names, data_fingerprint, plan_units
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
-from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
+from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
+from pipelines.direction_checks import tell
 from pipelines.encode import EncodePlan, encoded_dataset
 from pipelines.shards import COST, total_counts, write_block
 
@@ -64,12 +65,16 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
         if prepared.state == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
+        health = {}
+        if prepared.direction_path:
+            health = tensor_file.read_provenance(prepared.direction_path, "direction").health
+            tell(health)
         _write_token_classes(config, folder)
         _score_units(units, config, pairs, prepared.direction_path, folder, progress)
     counts = total_counts(folder)
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
-        extra={"parameters": parameters, "pairs": pairs},
+        extra={"parameters": parameters, "pairs": pairs, "direction_health": health},
     )  # fmt: skip
     columns = storage.read_schema(storage.list_shards(folder.uri)[0])
     folder.finish(manifest, manifests.data_card("score", manifest, columns))
@@ -186,7 +191,7 @@ def _score_units(
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=high) if low == high else ray.data.ActorPoolStrategy(low, high),
+        compute=actor_pool(low, high),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
     )

@@ -27,11 +27,11 @@ def validation_batches(
         if config.normalization == "sequence":
             groups: Iterable[list[int]] = ([i] for i in range(len(part)))
         else:
-            groups = plan_batches([_computed(encoded) for encoded in part], config.batch_tokens)
+            groups = plan_batches([computed(encoded) for encoded in part], config.batch_tokens)
         yield from (batch_of([part[i] for i in group]).to(device) for group in groups)
 
 
-def _computed(encoded: Encoded | EncodedPair) -> int:
+def computed(encoded: Encoded | EncodedPair) -> int:
     """Positions that an example takes in a batch of its own."""
     if isinstance(encoded, EncodedPair):
         return 2 * (len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids)))

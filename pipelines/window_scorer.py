@@ -134,16 +134,21 @@ def combine(
     parts: list[ray.ObjectRef], snapshot: Snapshot, drift: directions.Tensors | None
 ) -> tuple[directions.Tensors, directions.Tensors | None]:
     """One direction from the actors' gradients, preconditioned where the snapshot has moments; the drift likewise."""
-    gradients: Iterable[directions.MeanGradient] = ray.get(parts)
-    total: directions.Tensors = {}
+    gradients: list[directions.MeanGradient] = ray.get(parts)  # not copied: they stay in the object store
     weight = sum(found.weight for found in gradients)
-    for found in gradients:
-        directions.add_into(total, {name: t * (found.weight / weight) for name, t in found.tensors.items()})
-    if not snapshot.moments:
-        return total, drift
-    scale = directions.adam_scale(snapshot.moments)
-    scaled = {name: tensor * scale[name] for name, tensor in total.items()}
-    return scaled, drift and {name: tensor * scale[name] for name, tensor in drift.items()}
+    total: directions.Tensors = {}
+    drift = drift and dict(drift)
+    for name, first in gradients[0].tensors.items():  # one weight at a time: memory for one direction, no more
+        mean = first * (gradients[0].weight / weight)
+        for found in gradients[1:]:
+            mean.add_(found.tensors[name], alpha=found.weight / weight)
+        if snapshot.moments:
+            scale = directions.adam_scale({name: snapshot.moments[name]})[name]
+            mean *= scale
+            if drift:
+                drift[name] = drift[name] * scale
+        total[name] = mean
+    return total, drift
 
 
 def _with_nan(table: pa.Table, rows: Iterable[int]) -> pa.Table:

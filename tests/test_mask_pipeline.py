@@ -16,7 +16,7 @@ from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder
 from pipelines.cluster import user_errors
-from pipelines.mask import run_mask
+from pipelines.mask import run_mask, unbalanced
 from tests.scored_folder import END_OF_TURN, write_scored_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -81,6 +81,13 @@ def test_data_set_scope_with_drops_protection_and_weights(scored, tmp_path):
     )  # fmt: skip
     manifest = run_mask(config)
     table = masked(output)
+    kept = flat(table, "labels") != -100
+    ends = flat(table, "response_mask") & (flat(table, "input_ids") == END_OF_TURN)
+    others = flat(table, "response_mask") & ~ends
+    assert manifest["kept_by_class"] == {
+        name: {"response_tokens": mine.sum(), "kept_tokens": (mine & kept).sum()}
+        for name, mine in (("word", others), ("end-of-turn", ends))
+    }
     means = rows["mean_adaptation"].to_numpy() + np.float32(0.5) * rows["mean_stability"].to_numpy()
     dropped = np.argsort(means)[:15]
     assert manifest["counts"]["rows_dropped_sequences"] == 15 and manifest["counts"]["rows_out"] == 45
@@ -103,6 +110,17 @@ def test_data_set_scope_with_drops_protection_and_weights(scored, tmp_path):
     weights = flat(table, "weights")
     np.testing.assert_array_equal(weights == 1, flat(table, "labels") != -100)
     assert (weights[~inside] == 0).all() and weights.min() == 0
+
+
+def test_a_token_class_that_is_hardly_kept_is_named():
+    by_class = {
+        "words": {"response_tokens": 900, "kept_tokens": 780},
+        "end-of-turn": {"response_tokens": 100, "kept_tokens": 20},
+        "digits": {"response_tokens": 3, "kept_tokens": 0},
+    }
+    (sentence,) = unbalanced(by_class, 0.8)
+    assert "only 20% of the end-of-turn tokens are kept, of all response tokens 80%" in sentence
+    assert unbalanced(by_class, 0.45) == []
 
 
 def test_finished_resumed_and_changed_runs(scored, tmp_path):

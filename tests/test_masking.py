@@ -5,7 +5,8 @@ import pytest
 from alphatoken import schema
 from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan, mask_table
-from tests.scored_folder import scored_table
+from alphatoken.suspects import Bounds
+from tests.scored_folder import VOCABULARY, scored_table
 
 PLAN = MaskPlan(keep_fraction=0.5, stability_weight=1.5)
 
@@ -65,3 +66,33 @@ def test_columns_of_different_length_are_refused():
     rows[1]["stability"].append(0.0)
     with pytest.raises(UserError, match="shard-7: stability and response_mask differ"):
         mask_table(pa.Table.from_pylist(rows, schema=schema.SCORED), PLAN, "shard-7")
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+def test_bounds_drop_suspect_tokens_and_rows(by_value):
+    """Against a loop over rows; a row of which nothing is left is put aside with its reason."""
+    table = scored_table(np.random.default_rng(3), first_row_id=0, num_rows=40)
+    classes = (np.arange(VOCABULARY) % 2).astype(np.int8)
+    bounds = Bounds(np.array([0.5, 1.0]), row=0.3)
+    plan = MaskPlan(0.5, 1.5, class_of_token=classes, bounds=bounds, bounds_and_value=by_value)
+    result = mask_table(table, plan, "shard")
+    expected, aside = {}, []
+    for row in table.to_pylist():
+        inside = np.array(row["response_mask"])
+        losses = -np.array(row["logprobs"])[inside]
+        ids = np.array(row["input_ids"])[inside]
+        values = (np.array(row["adaptation"]) + 1.5 * np.array(row["stability"]))[inside]
+        suspect = losses > bounds.tokens[classes[ids]]
+        keep = ~(suspect & (values < 0) if by_value else suspect) & (losses.mean() <= bounds.row)
+        if keep.any():
+            expected[row["row_id"]] = np.where(keep, ids, -100).tolist()
+        else:
+            aside.append(row["row_id"])
+    assert aside and any(-100 in labels for labels in expected.values())
+    found = {
+        row["row_id"]: [label for label, inside in zip(row["labels"], row["response_mask"], strict=True) if inside]
+        for row in result.data.to_pylist()
+    }
+    assert found == expected and result.quarantine["row_id"].to_pylist() == aside
+    assert all(reason.startswith("suspect row") for reason in result.quarantine["reason"].to_pylist())
+    assert result.counts["rows_dropped_sequences"] == len(aside) and result.counts["rows_quarantined"] == 0

@@ -218,6 +218,13 @@ def test_direction_and_fisher_files_give_stability(tiny_checkpoint, files, tmp_p
         run_score(configuration(checkpoint, files, tmp_path / "mismatch", parameters="all-linear", **both))
 
 
+def test_what_the_direction_is_worth_is_in_the_manifest(scored):
+    health = scored[1]["direction_health"]
+    assert sum(share["direction"] for share in health["class_shares"].values()) == pytest.approx(1)
+    assert sum(share["tokens"] for share in health["class_shares"].values()) == pytest.approx(1)
+    assert -1 <= health["agreement_of_halves"] <= 1
+
+
 def test_adam_preconditioner_uses_the_training_data(scored, tiny_checkpoint, files, tmp_path):
     adam = configuration(tiny_checkpoint, files, tmp_path / "adam", preconditioner="adam", preconditioner_batches=2)
     run_score(adam)

@@ -23,7 +23,7 @@ SURPRISING_IN_RUN = replace(SURPRISING, name="surprising tokens and rows, in-run
 SUSPECT_IN_RUN = replace(SUSPECT, name="suspect tokens and rows, in-run", in_run=True)
 RANDOM_FIFTH = Rule("random 20%", "tokens", RANDOM)
 
-LONG_STEPS = (48, 72, 96)  # full SFT goes on, for comparisons at equal compute
+LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
 
 
 def with_validation(rule: Rule) -> Rule:
