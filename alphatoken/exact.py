@@ -20,6 +20,7 @@ from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel
+from alphatoken.tangent_linear import Stacked, stacked_tangents, stacked_weights, wide_products
 from alphatoken.values import TokenValues
 
 # Central steps that are tried, as shares of the weights' norm. Truncation grows with the step's square, rounding with
@@ -62,6 +63,10 @@ class Exact:
         self.method = choose_method(method, scoring.dtype)
         directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
         if self.method == "forward":
+            wide = wide_products(scoring.device, scoring.dtype)
+            self.stacked = {
+                name: stacked_weights(scoring.model, tensors) if wide else {} for name, tensors in directions.items()
+            }
             self.tangents = {name: self._tangent(tensors) for name, tensors in directions.items()}
         else:
             self.steps = {name: self._perturbed(tensors) for name, tensors in directions.items()}
@@ -81,7 +86,7 @@ class Exact:
     def _forward_mode(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
         for name, tangents in self.tangents.items():
-            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk)
+            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk, self.stacked[name])
             values[name], losses = self._loss_tangent(primal, tangent, batch.targets, tangents)
             logprobs = -losses
         return values, logprobs
@@ -158,10 +163,18 @@ class Exact:
 
 @torch.no_grad()
 def hidden_tangent(
-    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: "Trunk"
+    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: "Trunk", stacked: Stacked | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(final hidden states at the predicting positions, their derivative along `tangents`), each ND."""
-    with forward_ad.dual_level(), dual_weights(scoring.model, tangents), differentiable(), trunk:
+    """(final hidden states at the predicting positions, their derivative along `tangents`), each ND.
+
+    stacked: layers whose tangents are in there instead.
+    """
+    stacked = stacked or {}
+    elsewhere = {id(module.weight) for module in stacked}
+    own = {name: p for name, p in scoring.model.named_parameters() if id(p) not in elsewhere}
+    tangents = {name: tangent for name, tangent in tangents.items() if name in own}
+    duals = dual_weights(scoring.model, tangents)
+    with forward_ad.dual_level(), duals, stacked_tangents(stacked), differentiable(), trunk:
         hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         predicting = forward_ad.unpack_dual(hidden[batch.predicting])
         primal, tangent = predicting.primal.clone(), predicting.tangent

@@ -90,9 +90,11 @@ def test_method_is_chosen_by_dtype_and_cost():
         choose_method("central", torch.bfloat16)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_bfloat16_ranks_tokens_as_float64_does(architecture):
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "phi3", "gpt_neox"])
+def test_bfloat16_ranks_tokens_as_float64_does(architecture, wide, monkeypatch):
     """bfloat16 keeps three digits per product: values are noisy, their order is not."""
+    monkeypatch.setattr("alphatoken.exact.wide_products", lambda *_: wide)
     model = tiny_model(architecture)
     direction = random_direction(model, "all-linear")
     rows = random_rows(seed=1, count=6)
@@ -102,6 +104,21 @@ def test_bfloat16_ranks_tokens_as_float64_does(architecture):
     assert found.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([found.double(), expected]))[0, 1]
     assert float(correlation) > 0.995
+
+
+@pytest.mark.parametrize("parameters", ["all", "all-linear", "last-layers:2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stacked_products_are_the_same_tangents(architecture, parameters, monkeypatch):
+    """In float32, where nothing is rounded away: products of [W M] against forward-mode AD's own."""
+    model = tiny_model(architecture)
+    direction, batch = random_direction(model, parameters), make_batch(*random_rows(seed=5, count=4))
+    found = []
+    for wide in (True, False):
+        monkeypatch.setattr("alphatoken.exact.wide_products", lambda *_, wide=wide: wide)
+        estimator = Exact(prepare_model(model), parameters, direction, method="forward")
+        found.append(estimator(batch).adaptation)
+    assert relative_error(found[0], found[1].double()) < 1e-5
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.slow
