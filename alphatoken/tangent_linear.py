@@ -68,6 +68,7 @@ class _Linear(torch.autograd.Function):
         ctx.stacked = inputs[3]
 
     @staticmethod
-    def jvp(ctx, x_tangent: torch.Tensor, *others) -> torch.Tensor:
+    def jvp(ctx, x_tangent: torch.Tensor, _weight, bias_tangent: torch.Tensor | None, _stacked) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        return nn.functional.linear(torch.cat([x_tangent, x], -1).float(), ctx.stacked).to(x.dtype)
+        tangent = nn.functional.linear(torch.cat([x_tangent, x], -1).float(), ctx.stacked).to(x.dtype)
+        return tangent if bias_tangent is None else tangent + bias_tangent
