@@ -4,6 +4,10 @@ import pytest
 def pytest_collection_modifyitems(items):
     import torch
 
+    # Files with slow tests first, so that no worker ends with a long one alone.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

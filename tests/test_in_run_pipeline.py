@@ -9,7 +9,7 @@ from alphatoken.train_config import TrainConfig
 from pipelines.train import read_metrics, run_train
 from tests import hand_written
 from tests.masked_folder import pair_rows, write_masked, write_model
-from tests.test_rounds import write_rows
+from tests.rounds_runs import write_rows
 from tests.test_train_pipeline import ONE_SGD_STEP, difference, load64
 
 

@@ -78,7 +78,7 @@ def test_scripts_can_be_run(script: str) -> None:
 
 def test_start_and_ci_run_the_same_tests() -> None:
     assert re.search(r'^exec \./start test( "\$@")?$', read(".ci/run"), re.MULTILINE)
-    assert re.search(r'^ +exec "\$python" -m pytest -q "\$@"$', read("start"), re.MULTILINE)
+    assert re.search(r'^ +exec "\$python" -m pytest -q -n 2 --dist loadfile "\$@"$', read("start"), re.MULTILINE)
     assert read("start").count("pytest -q") == 1
 
 

@@ -1,17 +1,11 @@
 """`run_rounds` with real Ray workers and actors, on a tiny model."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -30,51 +24,17 @@ from alphatoken.token_classes import class_of_ids
 from pipelines.live_values import validation_batches
 from pipelines.rounds import make_schedule, run_rounds
 from pipelines.train import read_metrics
-from pipelines.window_files import window_folder
-from tests.masked_folder import write_model
-from tests.test_train_pipeline import wait_until_gone, workers_of
-
-WORDS = ["one", "two", "three", "four", "five", "apples", "pears", "are", "is", "have", "of", "the", "sum", "makes"]
-
-
-def write_rows(path: Path, count: int, seed: int) -> str:
-    draw = random.Random(seed)
-    with open(path, "w") as file:
-        for number in range(count):
-            prompt, answer = (" ".join(draw.choices(WORDS, k=draw.randint(3, 8))) for _ in range(2))
-            file.write(json.dumps({"id": f"r{number}", "prompt": prompt, "completion": " " + answer}) + "\n")
-    return str(path)
+from tests.rounds_runs import WORDS, config_of, make_inputs, use_one_thread, windows_of
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("rounds")
-    return {
-        "model": write_model(folder / "model"),
-        "data": [write_rows(folder / "data.jsonl", 30, 0)],
-        "validation": [write_rows(folder / "validation.jsonl", 5, 1)],
-    }
+    return make_inputs(tmp_path_factory.mktemp("rounds"))
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Tiny tensors on a shared machine: more threads only wait for one another."""
-    monkeypatch.setattr("pipelines.train.torch_threads", lambda *_: 1)
-    monkeypatch.setattr("pipelines.rounds.torch_threads", lambda *_: 1)
-
-
-def config_of(inputs: dict, output: Path, **changes) -> RoundsConfig:
-    settings = {
-        "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 10, "plain_steps": 2, "refresh_every": 3,
-        "save_steps": 3, "schedule": "constant",
-    }  # fmt: skip
-    return RoundsConfig(**inputs, output=str(output), **(settings | changes))
-
-
-def windows_of(output: str) -> list[tuple[dict, pa.Table]]:
-    folders = sorted(Path(output, "windows").iterdir())
-    summaries = [json.loads((folder / "window.json").read_text()) for folder in folders]
-    return [(found, pa.concat_tables(map(storage.read_table, found["shards"]))) for found in summaries]
+    use_one_thread(monkeypatch)
 
 
 @pytest.mark.slow
@@ -170,76 +130,6 @@ def test_lora(local_ray, tmp_path, inputs):
     manifest = run_rounds(config)
     assert manifest["rounds"]["windows"] == 1
     load_model(f"{config.output}/model")
-
-
-DRIVER = """
-import json, sys, pipelines.train, pipelines.rounds
-from alphatoken.rounds_config import RoundsConfig
-pipelines.train.torch_threads = pipelines.rounds.torch_threads = lambda *_: 1
-pipelines.rounds.run_rounds(RoundsConfig(**json.loads(sys.argv[1])))
-"""
-
-
-def losses_of(output: str) -> list[float]:
-    lines = [line for line in read_metrics(f"{output}/metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-@pytest.mark.slow
-def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, inputs):
-    undisturbed = config_of(inputs, tmp_path / "plain", overlap=True)
-    run_rounds(undisturbed)
-
-    config = undisturbed.model_copy(update={"output": str(tmp_path / "out")})
-    root = str(Path(__file__).parents[1])
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": root}
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json"))],
-        env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    second = Path(window_folder(config.output, 5), "window.json")
-    while not second.exists():  # the second window is valued: the trainer is at step 5 or later, or about to be
-        assert driver.poll() is None
-        time.sleep(0.02)
-    others = workers_of(psutil.Process(driver.pid), "RayTrainWorker", "TrainController", "WindowScorer")
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    wait_until_gone(others)
-    assert not storage.exists(f"{config.output}/manifest.json")
-
-    killed = []
-
-    def kill_an_actor(line: dict) -> None:
-        victims = workers_of(psutil.Process(), "WindowScorer")
-        if not killed and victims:
-            killed.append(victims[0].pid)
-            victims[0].kill()
-
-    manifest = run_rounds(config, kill_an_actor)
-    assert killed and manifest["counts"]["steps"] == 10
-    assert losses_of(config.output) == pytest.approx(losses_of(undisturbed.output), rel=1e-4)
-    for (first, a), (then, b) in zip(windows_of(undisturbed.output), windows_of(config.output), strict=True):
-        assert first["weights_step"] == then["weights_step"]
-        assert a["labels"].to_pylist() == b["labels"].to_pylist()
-
-
-@pytest.mark.slow
-def test_a_killed_trainer(local_ray, tmp_path, inputs):
-    undisturbed = config_of(inputs, tmp_path / "plain", max_steps=8)
-    run_rounds(undisturbed)
-    config = config_of(inputs, tmp_path / "out", max_steps=8)
-    killed = []
-
-    def kill_the_trainer(line: dict) -> None:
-        if not killed and line["step"] >= 4:
-            victim = workers_of(psutil.Process(), "RayTrainWorker")[0]
-            killed.append(victim.pid)
-            victim.kill()
-
-    run_rounds(config, kill_the_trainer)
-    assert killed
-    assert losses_of(config.output) == pytest.approx(losses_of(undisturbed.output), rel=1e-4)
 
 
 def test_what_does_not_fit_is_refused():
