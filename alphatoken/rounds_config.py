@@ -1,6 +1,6 @@
 """What a training run in rounds can be told: a training run, and how its windows are valued."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,14 @@ class RoundsConfig(TrainConfig):
     score_dtype: Dtype | Literal["auto"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
     batch_tokens: int = Field(4096, ge=16, description="computed positions per scoring batch, padding included")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_rule(cls, values: Any) -> Any:
+        """none, unless what is given speaks of shares: no rule did no harm on every set (docs/results/README.md)."""
+        if not isinstance(values, dict) or values.get("preset"):
+            return values
+        return {"rule": "share" if {"keep_fraction", "scope"} & values.keys() else "none"} | values
+
     @property
     def stage(self) -> str:
         return "rounds"
@@ -64,7 +72,7 @@ class RoundsConfig(TrainConfig):
     @property
     def uses_moments(self) -> bool:
         """Whether values need the optimizer's second moments."""
-        return self.preconditioner == "adam" and self.rule != "surprising"
+        return self.preconditioner == "adam" and self.rule in ("share", "suspect")
 
     @property
     def oldest_values(self) -> int:

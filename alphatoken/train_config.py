@@ -26,11 +26,12 @@ class LiveValueOptions(DirectionShape):
     preset: Literal["paper"] | None = Field(
         None, description="paper: value_propagation, last-layers:3, keep-fraction 0.5, stability-weight 1.5"
     )
-    rule: Literal["share", "suspect", "surprising"] = Field(
+    rule: Literal["none", "share", "suspect", "surprising"] = Field(
         "share",
         description="sft: what is trained on. share: the tokens of the highest values; suspect: all but tokens that "
         "surprise the model more than validation tokens of their class and have a negative value, and rows that "
-        "surprise it as a whole; surprising: the same whatever the value, so nothing is valued",
+        "surprise it as a whole; surprising: the same whatever the value, so nothing is valued; none: nothing is left "
+        "out, which is the default of rounds where no --keep-fraction is given",
     )
     keep_fraction: float = Field(0.8, gt=0, le=1, description="rule share: part of the response tokens to train on")
     stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda; needs --fisher to matter")
@@ -136,7 +137,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if self.objective == "sft" and self.reference_model and not self.fisher:
             raise ValueError("--reference-model is for --objective dpo, and for stability with --fisher")
         self._check_live_values()
-        if self.objective == "dpo" and self.rule != "share":
+        if self.objective == "dpo" and self.rule in ("suspect", "surprising"):
             raise ValueError(f"--rule {self.rule} is for --objective sft: a rejected response may well be surprising")
         if self.rule == "surprising" and self.fisher:
             raise ValueError("--rule surprising values no token, so --fisher would not matter; leave it out")
@@ -158,6 +159,8 @@ class TrainConfig(StageConfig, LiveValueOptions):
             return
         if not self.validation:
             raise ValueError("--in-run needs --validation FILES of the target task")
+        if self.rule == "none":
+            raise ValueError("--rule none leaves nothing out: train without --in-run")
         self._check_validation_objective()
         if self.parameters == "all":
             raise ValueError("--in-run scores linear weights: use --parameters last-layers:K or all-linear")

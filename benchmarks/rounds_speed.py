@@ -24,7 +24,7 @@ def configuration(arguments: argparse.Namespace, output: str, **changes) -> Roun
     settings = {
         "model": arguments.model, "data": [arguments.data], "validation": [arguments.validation], "output": output,
         "max_steps": arguments.steps, "per_device_batch_size": arguments.batch_size, "dtype": arguments.dtype,
-        "refresh_every": arguments.refresh_every, "plain_steps": 12, "save_steps": 10**6,
+        "refresh_every": arguments.refresh_every, "plain_steps": 12, "save_steps": 10**6, "rule": "share",
     }  # fmt: skip
     return RoundsConfig(**(settings | changes))
 

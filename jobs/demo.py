@@ -66,7 +66,7 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
 
     models, seconds = [EMBEDDED_MODEL], {}
     for name, plain_steps in (("plain", config.steps), ("rounds", min(12, config.steps))):
-        words = "on every token" if name == "plain" else "in rounds: values again every 12 steps, worst fifth dropped"
+        words = "on every token" if name == "plain" else "in rounds: values again every 12 steps, suspects dropped"
         _say(f"{len(models) + 1}. Training {config.steps} steps {words}.")
         manifest = run_rounds(
             RoundsConfig(
@@ -76,6 +76,7 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
                 output=str(folder / name),
                 max_steps=config.steps,
                 plain_steps=plain_steps,
+                rule="suspect",
                 overwrite=config.overwrite,
                 **TRAINING,
             ),

@@ -40,7 +40,7 @@ def use_one_thread(monkeypatch) -> None:
 def config_of(inputs: dict, output: Path, **changes) -> RoundsConfig:
     settings = {
         "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 10, "plain_steps": 2, "refresh_every": 3,
-        "save_steps": 3, "schedule": "constant",
+        "save_steps": 3, "schedule": "constant", "rule": "share",
     }  # fmt: skip
     return RoundsConfig(**inputs, output=str(output), **(settings | changes))
 

@@ -133,7 +133,7 @@ def test_lora(local_ray, tmp_path, inputs):
 
 
 def test_what_does_not_fit_is_refused():
-    base = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"]}
+    base = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"], "rule": "share"}
     for settings, match in (
         ({"max_staleness": 10}, "values get up to 11 steps old"),
         ({"max_staleness": 20, "overlap": True}, "values get up to 23 steps old"),
@@ -148,6 +148,22 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=match):
             RoundsConfig(**(base | settings))
+
+
+@pytest.mark.slow
+def test_without_a_rule_every_token_is_trained_on(local_ray, tmp_path, inputs, caplog):
+    config = config_of(inputs, tmp_path / "out", rule="none", max_steps=4)
+    manifest = run_rounds(config)
+    assert "every token is trained on" in caplog.text
+    assert manifest["counts"]["steps"] == 4 and manifest["rounds"]["windows"] == 0
+
+
+def test_no_rule_is_the_default():
+    base = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"]}
+    assert RoundsConfig(**base).rule == "none" == RoundsConfig(**base, objective="dpo").rule
+    for settings in ({"keep_fraction": 0.7}, {"scope": "sequence"}, {"preset": "paper"}):
+        assert RoundsConfig(**base, **settings).rule == "share"
+    assert RoundsConfig(**base, keep_fraction=0.7, rule="surprising").rule == "surprising"
 
 
 def test_the_schedule_is_the_trainer_s(inputs, tmp_path):
