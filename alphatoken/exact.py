@@ -64,10 +64,10 @@ class Exact:
         directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
         if self.method == "forward":
             wide = wide_products(scoring.device, scoring.dtype)
-            self.stacked = {
-                name: stacked_weights(scoring.model, tensors) if wide else {} for name, tensors in directions.items()
-            }
-            self.tangents = {name: self._tangent(tensors) for name, tensors in directions.items()}
+            self.tangents = {}
+            for name, tensors in directions.items():
+                stacked, others = stacked_weights(scoring.model, tensors) if wide else ({}, tensors)
+                self.tangents[name] = stacked, self._tangent(others)
         else:
             self.steps = {name: self._perturbed(tensors) for name, tensors in directions.items()}
 
@@ -85,8 +85,8 @@ class Exact:
     @torch.no_grad()
     def _forward_mode(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
-        for name, tangents in self.tangents.items():
-            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk, self.stacked[name])
+        for name, (stacked, tangents) in self.tangents.items():
+            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk, stacked)
             values[name], losses = self._loss_tangent(primal, tangent, batch.targets, tangents)
             logprobs = -losses
         return values, logprobs
@@ -169,12 +169,8 @@ def hidden_tangent(
 
     stacked: layers whose tangents are in there instead.
     """
-    stacked = stacked or {}
-    elsewhere = {id(module.weight) for module in stacked}
-    own = {name: p for name, p in scoring.model.named_parameters() if id(p) not in elsewhere}
-    tangents = {name: tangent for name, tangent in tangents.items() if name in own}
     duals = dual_weights(scoring.model, tangents)
-    with forward_ad.dual_level(), duals, stacked_tangents(stacked), differentiable(), trunk:
+    with forward_ad.dual_level(), duals, stacked_tangents(stacked or {}), differentiable(), trunk:
         hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         predicting = forward_ad.unpack_dual(hidden[batch.predicting])
         primal, tangent = predicting.primal.clone(), predicting.tangent

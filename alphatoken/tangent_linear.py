@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from transformers import PreTrainedModel
 
 from alphatoken.direction import Tensors
 
@@ -24,14 +25,16 @@ def wide_products(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and not has_amx
 
 
-def stacked_weights(model: nn.Module, tangents: Tensors) -> Stacked:
-    """[W M] of every linear layer whose weight has a tangent; other kinds of layers are left to forward-mode AD."""
-    found: Stacked = {}
+def stacked_weights(model: PreTrainedModel, tangents: Tensors) -> tuple[Stacked, Tensors]:
+    """[W M] of every linear layer whose weight has a tangent, and the other tangents: of the output head and of other
+    kinds of layers, which are left to forward-mode AD.
+    """
+    found, others = {}, dict(tangents)
     for name, module in model.named_modules():
-        tangent = tangents.get(f"{name}.weight")
-        if type(module) is nn.Linear and tangent is not None:
-            found[module] = torch.cat([module.weight.detach().float(), tangent.to(module.weight.device).float()], -1)
-    return found
+        if type(module) is nn.Linear and module is not model.get_output_embeddings() and f"{name}.weight" in others:
+            tangent = others.pop(f"{name}.weight").to(module.weight.device)
+            found[module] = torch.cat([module.weight.detach().float(), tangent.float()], -1)
+    return found, others
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What each token id is: its text and one of six classes, so that mask and show need no tokenizer."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,16 @@ def class_ids(table: pa.Table) -> np.ndarray:
     return ids
 
 
+def model_token_classes(model: str, trust_remote_code: bool = False) -> pa.Table:
+    """`token_class_table` of a model's tokenizer and vocabulary."""
+    tokenizer, config = load_tokenizer(model, trust_remote_code), load_config(model, trust_remote_code)
+    return token_class_table(tokenizer, end_of_turn_ids(config, tokenizer), config.get_text_config().vocab_size)
+
+
+@cache  # a worker asks again for every window
 def class_of_ids(model: str, trust_remote_code: bool = False) -> np.ndarray:
     """int8 (V,): the class of each token id of a model."""
-    tokenizer, config = load_tokenizer(model, trust_remote_code), load_config(model, trust_remote_code)
-    ends = end_of_turn_ids(config, tokenizer)
-    return class_ids(token_class_table(tokenizer, ends, config.get_text_config().vocab_size))
+    return class_ids(model_token_classes(model, trust_remote_code))
 
 
 def check_class_names(names: Iterable[str]) -> None:

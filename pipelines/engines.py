@@ -65,6 +65,15 @@ class EnginePlan:
     end_ids: tuple[int, ...]  # tokens that end a response
 
 
+def make_plan(model: str, dtype: str, config: Any, context: int, sampling: SamplingOptions) -> EnginePlan:
+    """The plan for a model, with the engine options of a stage's configuration."""
+    options = EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields)))
+    trusted = config.trust_remote_code
+    return EnginePlan(
+        model, dtype, trusted, context, config.batch_tokens, options, sampling, end_ids(model, trusted)
+    )
+
+
 def choose_engine(options: EngineOptions) -> str:
     """vllm or transformers. Raises UserError where vLLM is asked for and not installed."""
     installed = importlib.util.find_spec("vllm") is not None

@@ -18,7 +18,7 @@ from alphatoken.config import DataOptions
 from alphatoken.errors import UserError
 from alphatoken.fisher import diagonal_fisher, sampled_batch
 from alphatoken.fisher_config import FisherConfig
-from alphatoken.generate_config import EngineOptions, SamplingOptions
+from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import fingerprint, load_model
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.sources import data_fingerprint, plan_units
@@ -26,7 +26,7 @@ from alphatoken.tokenizer import load_config
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import one_accelerator, report_refused
 from pipelines.encode import good_rows, make_encoder
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
+from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
 
 ANY_LENGTH = 10**9  # prompts are cut, not refused
 PROMPTS_PER_BLOCK = 64  # replicas take blocks
@@ -62,16 +62,8 @@ def check_fisher(config: FisherConfig) -> EnginePlan:
         )
     context = min(config.max_prompt_tokens + config.max_new_tokens, positions)
     choose_engine(config)
-    return EnginePlan(
-        config.model,
-        config.dtype,
-        config.trust_remote_code,
-        context,
-        config.batch_tokens,
-        EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields))),
-        SamplingOptions(temperature=1.0, top_p=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed),
-        end_ids(config.model, config.trust_remote_code),
-    )
+    sampling = SamplingOptions(temperature=1.0, top_p=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    return make_plan(config.model, config.dtype, config, context, sampling)
 
 
 @ray.remote

@@ -28,7 +28,7 @@ from alphatoken.chat import ChatRenderer
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoder
 from alphatoken.errors import BadRowError, UserError
-from alphatoken.generate_config import EngineOptions, GenerateConfig, SamplingOptions
+from alphatoken.generate_config import GenerateConfig, SamplingOptions
 from alphatoken.model import fingerprint, load_model
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.readers import ROWS_PER_FILE
@@ -37,7 +37,7 @@ from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row,
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import row_name, unfinished
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
+from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
 from pipelines.shards import total_counts
 
 logger = logging.getLogger(__name__)
@@ -175,16 +175,8 @@ def _generate_units(
 
 
 def engine_plan(config: GenerateConfig, context: int) -> EnginePlan:
-    return EnginePlan(
-        config.model,
-        config.dtype,
-        config.trust_remote_code,
-        context,
-        config.batch_tokens,
-        EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields))),
-        SamplingOptions(**config.model_dump(include=set(SamplingOptions.model_fields))),
-        end_ids(config.model, config.trust_remote_code),
-    )
+    sampling = SamplingOptions(**config.model_dump(include=set(SamplingOptions.model_fields)))
+    return make_plan(config.model, config.dtype, config, context, sampling)
 
 
 def read_prompts(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: PromptPlan) -> Iterator[pa.Table]:

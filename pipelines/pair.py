@@ -20,14 +20,14 @@ from alphatoken import manifest as manifests
 from alphatoken import schema, storage
 from alphatoken.chat import ChatRenderer
 from alphatoken.errors import UserError
-from alphatoken.generate_config import EngineOptions, PairConfig, SamplingOptions
+from alphatoken.generate_config import PairConfig, SamplingOptions
 from alphatoken.pairing import Candidate, Pair, best_against_worst, distinct
 from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges
 from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, end_ids, sample_seed
+from pipelines.engines import LOGICAL_CPUS, REQUESTS, answered, choose_engine, make_plan, sample_seed
 from pipelines.judges import Group
 from pipelines.shards import total_counts
 
@@ -211,12 +211,8 @@ def _by_llm(shards: ray.data.Dataset, shared: dict[str, Any]) -> ray.data.Datase
     context = getattr(
         load_config(config.judge_model, config.trust_remote_code).get_text_config(), "max_position_embeddings", 4096
     )
-    plan = EnginePlan(
-        config.judge_model, "auto", config.trust_remote_code, context, config.batch_tokens,
-        EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields))),
-        SamplingOptions(temperature=0, max_new_tokens=config.judge_tokens),
-        end_ids(config.judge_model, config.trust_remote_code),
-    )  # fmt: skip
+    sampling = SamplingOptions(temperature=0, max_new_tokens=config.judge_tokens)
+    plan = make_plan(config.judge_model, "auto", config, context, sampling)
     ask = partial(ask_questions, config=config, samples=shared["samples"], longest=context - config.judge_tokens)
     asked = shards.map_batches(ask, batch_size=1, num_cpus=0.5)
     return answered(asked, plan).map_batches(

@@ -31,7 +31,7 @@ from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, column_names, data_fingerprint, plan_units
-from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
+from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
 from pipelines.direction_checks import tell
@@ -162,10 +162,7 @@ def _file_identity(path: str | None, kind: str) -> dict | None:
 
 
 def _write_token_classes(config: ScoreConfig, folder: RunFolder) -> None:
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    model_config = load_config(config.model, config.trust_remote_code)
-    ends = end_of_turn_ids(model_config, tokenizer)
-    table = token_classes.token_class_table(tokenizer, ends, model_config.get_text_config().vocab_size)
+    table = token_classes.model_token_classes(config.model, config.trust_remote_code)
     storage.write_table(table, storage.join(folder.uri, "token_classes.parquet"))
 
 
