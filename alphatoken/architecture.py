@@ -1,7 +1,11 @@
-"""Where a causal LM keeps its decoder layers, their linear weights and its value projection.
+"""Where a causal LM keeps its decoder layers, their weights and its value projection.
 
 Works from module structure, not from a list of model names. What it does not know raises an error that names the
 module: a weight that an estimator could not see is never silently left out.
+
+A layer's weights are of two kinds. A linear layer has one input and one output at every position, so contractions know
+its gradient. Other weights (fused experts, their router, a convolution) only have a gradient: directions take it from
+autograd, and the exact estimator needs no more.
 """
 
 from dataclasses import dataclass
@@ -23,6 +27,10 @@ class ScoredLinear:
     layer: int
 
     @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
     def transposed(self) -> bool:
         return isinstance(self.module, Conv1D)
 
@@ -33,6 +41,41 @@ class ScoredLinear:
     def from_native(self, matrix: torch.Tensor) -> torch.Tensor:
         """The stored shape to (d_out, d_in)."""
         return matrix.T if self.transposed else matrix
+
+
+@dataclass(frozen=True)
+class ScoredTensor:
+    """A weight in a decoder layer that is not one linear layer: its gradient is autograd's."""
+
+    name: str  # parameter name, "model.layers.29.mlp.experts.gate_up_proj"
+    module: nn.Module  # fused experts (num_experts, ., .), a router (num_experts, d_in), a convolution (., ., width)
+    layer: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.name.rpartition(".")[2])
+
+    @property
+    def described(self) -> str:
+        return f"{self.name} of shape {tuple(self.parameter.shape)} in {type(self.module).__name__}"
+
+
+ScoredWeight = ScoredLinear | ScoredTensor
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that turns token ids into final hidden states.
+
+    Raises:
+        UserError: the decoder layers hang on the model itself.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    layers = decoder_layers(model)  # Llama-4 keeps its decoder under another name than transformers looks for
+    for child in model.children():
+        if child is not layers and any(module is layers for module in child.modules()):
+            return child
+    raise UserError(f"{type(model).__name__} has no module that gives final hidden states")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -55,41 +98,77 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return found[0][1]
 
 
-def layer_linears(model: PreTrainedModel) -> list[list[ScoredLinear]]:
-    """Every linear weight of each decoder layer, in the order of `named_modules`.
+def layer_weights(model: PreTrainedModel) -> list[list[ScoredWeight]]:
+    """Every weight of each decoder layer, in the order of `named_modules`; norms and biases are not weights.
 
     Raises:
-        UserError: a layer holds a matrix (or fused expert tensor) that is not the weight of a Linear or Conv1D.
+        UserError: a layer holds a matrix (or a larger tensor) of an unknown kind.
     """
     prefixes = {module: name for name, module in model.named_modules()}
     result = []
     for index, layer in enumerate(decoder_layers(model)):
-        linears = [
-            ScoredLinear(f"{prefixes[module]}.weight", module, index)
-            for module in layer.modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        ]
-        known = {linear.name for linear in linears}
-        unseen = {
-            f"{prefixes[layer]}.{name}": parameter
-            for name, parameter in layer.named_parameters()
-            if parameter.dim() >= 2 and f"{prefixes[layer]}.{name}" not in known
-        }
-        if unseen:
-            described = ", ".join(
-                f"{name} of shape {tuple(parameter.shape)} in {_owner(model, name)}"
-                for name, parameter in unseen.items()
-            )
+        weights, unknown = [], []
+        for module in layer.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                name = f"{prefixes[module]}.{key}"
+                if isinstance(module, (nn.Linear, Conv1D)) and key == "weight":
+                    weights.append(ScoredLinear(name, module, index))
+                elif parameter.dim() < 2 or _is_bias_of_experts(module, key, parameter):
+                    continue
+                elif _is_convolution(module, key) or _is_routed(module, key, parameter):
+                    weights.append(ScoredTensor(name, module, index))
+                else:
+                    unknown.append(ScoredTensor(name, module, index))
+        if unknown:
             raise UserError(
-                f"not the weight of a linear layer that AlphaToken knows: {described}; its share of every token's "
-                "value would be left out, so this architecture is not supported yet"
+                f"not a kind of weight that AlphaToken knows: {', '.join(weight.described for weight in unknown)}; its "
+                "share of every token's value would be left out, so this architecture is not supported yet"
             )
-        result.append(linears)
+        result.append(weights)
     return result
 
 
-def _owner(model: PreTrainedModel, parameter: str) -> str:
-    return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+def _is_convolution(module: nn.Module, key: str) -> bool:
+    return isinstance(module, nn.Conv1d) and key == "weight"
+
+
+def _is_routed(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Fused experts, one matrix each, or the router that chooses among them."""
+    if parameter.shape[0] != num_experts(module):
+        return False
+    return parameter.dim() == 3 or (parameter.dim() == 2 and key == "weight")
+
+
+def _is_bias_of_experts(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """gpt-oss: (num_experts, d_out), the bias of each expert."""
+    weight = getattr(module, key.removesuffix("_bias"), None) if key.endswith("_bias") else None
+    return parameter.dim() == 2 and weight is not None and _is_routed(module, key, weight)
+
+
+def num_experts(module: nn.Module) -> int | None:
+    """Of a module that holds or chooses experts; None for any other."""
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((count for name in names if isinstance(count := getattr(module, name, None), int)), None)
+
+
+def layer_linears(model: PreTrainedModel) -> list[list[ScoredLinear]]:
+    """The weights of each decoder layer, where all are linear layers.
+
+    Raises:
+        UserError: a layer holds a weight of another kind.
+    """
+    return [_only_linears(weights) for weights in layer_weights(model)]
+
+
+def _only_linears(weights: list[ScoredWeight]) -> list[ScoredLinear]:
+    others = [weight.described for weight in weights if isinstance(weight, ScoredTensor)]
+    if others:
+        raise UserError(
+            f"not the weight of a linear layer: {', '.join(others)}; what has no input and output of its own at every "
+            "position would be left out of value_propagation, of the Fisher and of --positions response: use "
+            "--estimator exact"
+        )
+    return weights
 
 
 def first_scored_layer(model: PreTrainedModel, parameters: str) -> int:
@@ -107,19 +186,28 @@ def first_scored_layer(model: PreTrainedModel, parameters: str) -> int:
     return count - last
 
 
-def scored_linears(model: PreTrainedModel, parameters: str) -> list[ScoredLinear]:
-    """The linear weights of last-layers:K or all-linear."""
+def scored_weights(model: PreTrainedModel, parameters: str) -> list[ScoredWeight]:
+    """The weights of last-layers:K or all-linear: of linear layers, of experts, routers and convolutions."""
     if parameters == "all":
-        raise ValueError("'all' is not a set of linear weights")
+        raise ValueError("'all' is not a set of weights of decoder layers")
     start = first_scored_layer(model, parameters)
-    return [linear for linears in layer_linears(model)[start:] for linear in linears]
+    return [weight for weights in layer_weights(model)[start:] for weight in weights]
+
+
+def scored_linears(model: PreTrainedModel, parameters: str) -> list[ScoredLinear]:
+    """The weights of last-layers:K or all-linear, where all are linear layers.
+
+    Raises:
+        UserError: a scored layer holds a weight of another kind.
+    """
+    return _only_linears(scored_weights(model, parameters))
 
 
 def scored_parameters(model: PreTrainedModel, parameters: str) -> dict[str, nn.Parameter]:
     """Names and parameters of last-layers:K, all-linear, or all (norms, biases, embeddings and head included)."""
     if parameters == "all":
         return dict(model.named_parameters())
-    return {linear.name: linear.module.weight for linear in scored_linears(model, parameters)}
+    return {weight.name: weight.parameter for weight in scored_weights(model, parameters)}
 
 
 def value_rows(linear: ScoredLinear, model: PreTrainedModel) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import forward_ad
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -34,6 +34,7 @@ class AttentionInputs:
     mask: torch.Tensor | None  # B1TT bool or additive; None: causal
     scaling: float
     softcap: float | None
+    sinks: torch.Tensor | None = None  # H: logits of a key without a value (gpt-oss)
 
     @property
     def cached(self) -> int:
@@ -98,9 +99,18 @@ def attend_in_blocks(inputs: AttentionInputs, value: torch.Tensor) -> torch.Tens
         stop = min(start + QUERY_BLOCK, length)
         last_key = inputs.cached + stop  # causal: keys after the block are never seen
         scores = attention_scores(inputs, start, stop, 0, last_key)
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        probabilities = _softmax(scores, inputs.sinks)
         blocks.append(torch.matmul(probabilities.to(value.dtype), value[:, :, :last_key]))
     return torch.cat(blocks, dim=2)
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the keys of BHQK; what falls to the sinks is lost. float32 or wider."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=wide)
+    sink = sinks.to(scores.dtype)[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
 
 
 def _has_tangent(*tensors: torch.Tensor) -> bool:
@@ -115,20 +125,36 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. Returns (BTHD, None)."""
-    for unsupported in ("s_aux", "position_bias"):
-        if kwargs.get(unsupported) is not None:
-            raise UserError(f"{type(module).__name__} uses {unsupported} in attention, which is not supported yet")
+    """transformers' attention interface; s_aux are the sinks. Returns (BTHD, None)."""
+    if kwargs.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} uses position_bias in attention, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = AttentionInputs(query, key, attention_mask, scale, softcap)
+    inputs = AttentionInputs(query, key, attention_mask, scale, softcap, s_aux)
     record = _recording.get()
     if record is not None and module.layer_idx in record.layers:
         record.inputs[module.layer_idx] = inputs
-    if softcap is not None or (_differentiable.get() and _has_tangent(query, key, value)):
+    if softcap is not None or s_aux is not None or (_differentiable.get() and _has_tangent(query, key, value)):
         return attend_in_blocks(inputs, value).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+@torch.no_grad()
+def settle_attention(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Models that compute attention themselves (Bloom) get masks of the kind that they add to their logits.
+
+    transformers makes masks for the attention that the configuration names, whether or not the model uses it: ours
+    would be boolean, or none at all where a kernel is told to be causal. ids: any few tokens, BT.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME:
+        return
+    with recording(set(range(config.num_hidden_layers))) as seen:
+        model(input_ids=ids, use_cache=False)
+    if not seen:
+        config._attn_implementation_internal = "eager"
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -149,6 +175,8 @@ def banded_average(inputs: AttentionInputs, delta: torch.Tensor, window: int) ->
         first = max(0, start - window)
         scores = attention_scores(inputs, start, stop, 0, stop)  # BHQK
         normalizer = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1, keepdim=True)
+        if inputs.sinks is not None:
+            normalizer = torch.logaddexp(normalizer, inputs.sinks.to(normalizer.dtype)[None, :, None, None])
         band = torch.exp(scores[..., first:] - normalizer).mean(1)  # BQK, float32
         query = torch.arange(start, stop, device=delta.device)[:, None]
         distance = query - torch.arange(first, stop, device=delta.device)[None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alphatoken.architecture import ScoredLinear
+from alphatoken.architecture import ScoredLinear, decoder
 from alphatoken.attention import AttentionInputs, recording
 from alphatoken.batching import Batch
 from alphatoken.errors import UserError
@@ -66,7 +66,7 @@ def capture(
         UserError: a scored linear, or the attention of a layer in `attention_layers`, did not run.
     """
     with torch.enable_grad(), capturing(linears) as (inputs, outputs), recording(set(attention_layers)) as attention:
-        hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         predicting = hidden[batch.predicting]
     check_all_ran(linears, outputs, attention_layers, attention)
     head = scoring.head(predicting.detach(), batch.targets, gradient=True)

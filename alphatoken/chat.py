@@ -81,8 +81,11 @@ class ChatRenderer:
         except TemplateSyntaxError as error:
             name = self.tokenizer.name_or_path
             raise UserError(f"The chat template of {name} is not valid Jinja: {error}.") from error
-        except (TemplateError, TypeError) as error:
+        except TemplateError as error:
             raise BadRowError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # templates call methods on whatever a message holds
+            name = type(error).__name__
+            raise BadRowError(f"the chat template refuses the conversation: {name}: {error}") from error
         return texts[0], spans[0] if marks else []
 
     def _marked_responses(self, messages: list[dict], turns: list[int]) -> Rendered:
@@ -196,3 +199,24 @@ def _chat_template(tokenizer: Any) -> str:
             f"The tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model, put a "
             "chat_template.jinja into the model's folder, or give prompt and completion as plain text."
         ) from error
+
+
+def mask_spans(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
+    """(T,) whether a token starts inside a span. Leading blanks of a token do not count: in 'Answer: yes' the token
+    ' yes' may begin with the prompt's last blank.
+    """
+    mask = []
+    previous_stop = 0
+    remaining = iter(spans)
+    span = next(remaining, (len(text), len(text)))
+    for start, stop in offsets:
+        if start == stop:  # some tokenizers trim blanks from offsets: this token is all blank
+            start = previous_stop
+        token = text[start:stop]
+        if not token.isspace():
+            start += len(token) - len(token.lstrip())
+        while start >= span[1] and span[1] < len(text):
+            span = next(remaining, (len(text), len(text)))
+        mask.append(span[0] <= start < span[1])
+        previous_stop = max(previous_stop, stop)
+    return mask

@@ -48,6 +48,11 @@ class DataOptions(BaseModel):
     too_long: Literal["truncate", "quarantine"] = Field(
         "truncate", description="what happens to longer rows; truncated ones are counted"
     )
+    special_tokens_in_text: Literal["literal", "control", "quarantine"] = Field(
+        "control",
+        description="special tokens that are written in the text of a row, such as <|im_end|>: control tokens, as in "
+        "training stacks; literal (plain) text; or quarantine of the row. Such rows are counted",
+    )
 
 
 class ModelOptions(BaseModel):
@@ -189,6 +194,13 @@ class MaskConfig(StageConfig):
         if isinstance(values, dict) and values.get("preset") == "paper":
             return {"keep_fraction": 0.5, "stability_weight": 1.5} | values
         return values
+
+
+class ExportConfig(StageConfig):
+    """A masked data set in the columns that another training stack reads."""
+
+    input: str = Field(description="folder that `alphatoken mask` wrote")
+    to: str = Field(description="training stack: trl, hf-trainer, axolotl, llama-factory, verl, open-instruct ...")
 
 
 class DemoConfig(BaseModel):

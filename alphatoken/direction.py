@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
-from alphatoken.architecture import ScoredLinear, scored_linears, scored_parameters
+from alphatoken.architecture import (
+    ScoredLinear,
+    ScoredTensor,
+    decoder,
+    scored_linears,
+    scored_parameters,
+    scored_weights,
+)
 from alphatoken.batching import Batch
 from alphatoken.capture import capture
 from alphatoken.contraction import outer_sum
@@ -135,7 +143,11 @@ def batch_gradient(
         own, weight_sum = weigh(batch)
         weights = own if weights is None else own * weights
     if options.parameters == "all":
-        return _gradient_of_all(scoring, batch, weights), weight_sum
+        return _gradient_by_autograd(scoring, batch, scored_parameters(scoring.model, "all"), weights), weight_sum
+    scored = scored_weights(scoring.model, options.parameters)
+    if options.positions == "all" and any(isinstance(weight, ScoredTensor) for weight in scored):
+        parameters = {weight.name: weight.parameter for weight in scored}
+        return _gradient_by_autograd(scoring, batch, parameters, weights), weight_sum
     linears = scored_linears(scoring.model, options.parameters)
     return _gradient_of_linears(scoring, batch, linears, weights, options.positions), weight_sum
 
@@ -153,20 +165,23 @@ def _gradient_of_linears(
     return result
 
 
-def _gradient_of_all(scoring: ScoringModel, batch: Batch, weights: torch.Tensor | None) -> Tensors:
-    """Every parameter: the head's gradient by chunks, the rest by autograd from the final hidden states."""
-    parameters = scored_parameters(scoring.model, "all")
+def _gradient_by_autograd(
+    scoring: ScoringModel, batch: Batch, parameters: dict[str, nn.Parameter], weights: torch.Tensor | None
+) -> Tensors:
+    """Of any parameters: the head's gradient by chunks, the rest by autograd from the final hidden states."""
     head_names = {id(p): name for name, p in parameters.items()}
     projection = scoring.head.projection
-    if projection.bias is not None:
+    with_head = id(projection.weight) in head_names
+    if with_head and projection.bias is not None:
         raise UserError("--parameters all does not support an output head with a bias; use all-linear")
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             predicting = hidden[batch.predicting]
-        head_gradient = torch.zeros_like(projection.weight, dtype=torch.promote_types(scoring.dtype, torch.float32))
+        wide = torch.promote_types(scoring.dtype, torch.float32)
+        head_gradient = torch.zeros_like(projection.weight, dtype=wide) if with_head else None
         head = scoring.head(
             predicting.detach(),
             batch.targets,
@@ -179,12 +194,12 @@ def _gradient_of_all(scoring: ScoringModel, batch: Batch, weights: torch.Tensor 
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-    wide = head_gradient.dtype
     result = {
         name: torch.zeros_like(p, dtype=wide) if g is None else g.to(wide)
         for (name, p), g in zip(parameters.items(), gradients, strict=True)
     }
-    result[head_names[id(projection.weight)]] += head_gradient
+    if with_head:
+        result[head_names[id(projection.weight)]] += head_gradient
     return result
 
 

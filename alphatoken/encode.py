@@ -14,11 +14,12 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
-from alphatoken.chat import ChatRenderer, Span, check_messages
+from alphatoken.chat import ChatRenderer, Span, check_messages, mask_spans
 from alphatoken.config import DataOptions
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.schema import IGNORE_INDEX
 from alphatoken.sources import ReadUnit, first_row
+from alphatoken.special_tokens import SpecialTokens
 
 # Where several fit, the first that uses a renamed column, else the first.
 FORMATS: dict[str, tuple[frozenset[str], ...]] = {
@@ -60,9 +61,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.options = options
         self.vocab_size = vocab_size
+        self.special = SpecialTokens(tokenizer)
+        self.typed: str | None = None  # a special token in the text of the last row, whether it could be used or not
 
     def encode(self, row: dict) -> Encoded:
         """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        self.typed = None
         row = rename_columns(row, self.options.columns)
         try:
             name = detect_format(set(row), self.options.columns)
@@ -85,6 +89,16 @@ class Encoder:
         _check_ids(input_ids, self.vocab_size)
         _check_mask(mask)
         return input_ids, mask
+
+    def encode_prompt(self, prompt: str | list[dict]) -> tuple[str, list[int]]:
+        """(text, ids) of plain text, or of a conversation up to where its answer begins. Raises as `encode` does."""
+        if isinstance(prompt, str):
+            return prompt, self._tokenize(*self._plain([prompt]), True)[0]
+        literal = self._is_literal(_texts(prompt))
+        text = self._chat.render(self.special.hide_in(prompt) if literal else prompt, add_generation_prompt=True)
+        text = self.special.reveal(text).text if literal else text
+        ids, _ = self._tokenize([text], literal, False)
+        return self.special.readable(text) if literal else text, ids
 
     def token_ids(self, row: dict, column: str) -> list[int]:
         """A column that holds token ids already. Raises BadRowError where they are none of the vocabulary."""
@@ -138,22 +152,52 @@ class Encoder:
         return input_ids, [label != IGNORE_INDEX for label in values]
 
     def _encode_chat(self, messages: list[dict], first_response: int) -> tuple[list[int], list[bool]]:
-        rendered = self._chat.render_responses(messages, first_response)
-        encoding = self.tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-        )
-        return encoding["input_ids"], _mask_spans(rendered.text, encoding["offset_mapping"], rendered.spans)
+        literal = self._is_literal(_texts(messages))
+        rendered = self._chat.render_responses(self.special.hide_in(messages) if literal else messages, first_response)
+        if literal:
+            rendered = self.special.reveal(rendered.text, rendered.spans)
+        input_ids, offsets = self._tokenize([rendered.text], literal, False)
+        return input_ids, mask_spans(rendered.text, offsets, rendered.spans)
 
     def _encode_text(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         """The response begins where the tokens of prompt and prompt + completion diverge, as in TRL."""
         if not completion.strip():
             raise BadRowError("the response is empty")
         eos = self.tokenizer.eos_token or ""
-        text = prompt + completion + ("" if completion.endswith(eos) else eos)
-        prompt_ids = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
-        input_ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        pieces, literal = self._plain([prompt, completion.removesuffix(eos)])  # an EOS at the end is the end
+        end = self.special.reveal(eos).text if literal else eos
+        prompt_ids, _ = self._tokenize(pieces[:1], literal, True)
+        input_ids, _ = self._tokenize([*pieces, end], literal, True)
         start = len(commonprefix([prompt_ids, input_ids]))
         return input_ids, [position >= start for position in range(len(input_ids))]
+
+    def _is_literal(self, texts: list[str]) -> bool:
+        """Whether special tokens in a row's texts are to be plain text. Raises BadRowError where they are refused."""
+        found = self.special.find(texts)
+        self.typed = self.typed or found
+        if found and self.options.special_tokens_in_text == "quarantine":
+            raise BadRowError(f"the text contains the special token {found} (--special-tokens-in-text quarantine)")
+        return found is not None and self.options.special_tokens_in_text == "literal"
+
+    def _plain(self, texts: list[str]) -> tuple[list[str], bool]:
+        """(texts for `_tokenize`, whether they are literal)."""
+        if not self._is_literal(texts):
+            return texts, False
+        return [self.special.reveal(self.special.hide(text)).text for text in texts], True
+
+    def _tokenize(self, pieces: list[str], literal: bool, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+        """(ids, offsets) of the joined pieces."""
+        text = "".join(pieces)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError("the text holds half of a surrogate pair, which is not valid Unicode") from error
+        if literal:
+            return self.special.encode(text, add_special_tokens)
+        encoding = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        return encoding["input_ids"], encoding["offset_mapping"]
 
     def _fit(self, input_ids: list[int], mask: list[bool]) -> Encoded:
         length, longest = len(input_ids), self.options.max_length
@@ -227,6 +271,10 @@ def _check_no_tools(row: dict) -> None:
         raise BadRowError("the row has tools, which are not supported")
 
 
+def _texts(messages: list[dict]) -> list[str]:
+    return [value for message in messages for value in message.values() if isinstance(value, str)]
+
+
 def _text(row: dict, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
@@ -239,7 +287,8 @@ def _integers(row: dict, column: str) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value  # Ray hands out numpy arrays
     if not isinstance(value, list | tuple):
         raise BadRowError(f"{column} is {_type_name(value)}, not a list of whole numbers")
-    if not all(isinstance(item, int) for item in value):
+    is_mask = column == "response_mask"
+    if not all(isinstance(item, int) and (is_mask or not isinstance(item, bool)) for item in value):
         raise BadRowError(f"{column} has entries that are not whole numbers")
     return list(value)
 
@@ -262,24 +311,3 @@ def _check_mask(mask: list[bool]) -> None:
     if mask[0]:
         what = "every token is" if all(mask) else "the first token is"
         raise BadRowError(f"{what} response: nothing precedes the first token, so there is nothing to predict it from")
-
-
-def _mask_spans(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
-    """(T,) whether a token starts inside a span. Leading blanks of a token do not count: in 'Answer: yes' the token
-    ' yes' may begin with the prompt's last blank.
-    """
-    mask = []
-    previous_stop = 0
-    remaining = iter(spans)
-    span = next(remaining, (len(text), len(text)))
-    for start, stop in offsets:
-        if start == stop:  # some tokenizers trim blanks from offsets: this token is all blank
-            start = previous_stop
-        token = text[start:stop]
-        if not token.isspace():
-            start += len(token) - len(token.lstrip())
-        while start >= span[1] and span[1] < len(text):
-            span = next(remaining, (len(text), len(text)))
-        mask.append(span[0] <= start < span[1])
-        previous_stop = max(previous_stop, stop)
-    return mask

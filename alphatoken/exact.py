@@ -8,19 +8,21 @@ Adaptation is along the direction, stability along the drift. M may be any direc
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from alphatoken.architecture import decoder_layers, first_scored_layer
+from alphatoken.architecture import decoder, decoder_layers, first_scored_layer
 from alphatoken.attention import differentiable
 from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
+from alphatoken.experts import FixedRouting, differentiable_experts, is_routed
 from alphatoken.model import ScoringModel
 from alphatoken.tangent_linear import Stacked, stacked_tangents, stacked_weights, wide_products
+from alphatoken.trunk import Trunk
 from alphatoken.values import TokenValues
 
 # Central steps that are tried, as shares of the weights' norm. Truncation grows with the step's square, rounding with
@@ -47,7 +49,10 @@ def choose_method(method: str, dtype: torch.dtype) -> str:
 
 
 class Exact:
-    """Exact values along `direction` and, where given, `drift` (both by parameter name)."""
+    """Exact values along `direction` and, where given, `drift` (both by parameter name).
+
+    central_step: of the direction, as another estimator of it has found it; default: it is looked for.
+    """
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class Exact:
         direction: Tensors,
         drift: Tensors | None = None,
         method: str = "auto",
+        central_step: float | None = None,
     ) -> None:
         self.scoring = scoring
         self.layers = decoder_layers(scoring.model)
@@ -69,7 +75,9 @@ class Exact:
                 stacked, others = stacked_weights(scoring.model, tensors) if wide else ({}, tensors)
                 self.tangents[name] = stacked, self._tangent(others)
         else:
-            self.steps = {name: self._perturbed(tensors) for name, tensors in directions.items()}
+            self.central_step = central_step or self._relative_step(direction)
+            known = {"adaptation": self.central_step}
+            self.steps = {name: self._perturbed(tensors, known.get(name)) for name, tensors in directions.items()}
 
     def __call__(self, batch: Batch) -> TokenValues:
         run = self._forward_mode if self.method == "forward" else self._central
@@ -109,20 +117,31 @@ class Exact:
 
     # central difference
 
-    def _perturbed(self, tensors: Tensors) -> tuple[Tensors, Tensors, float]:
-        """(W + eps M, W - eps M, eps), at the step whose derivative on a fixed probe agrees best with its neighbour's.
+    def _perturbed(self, tensors: Tensors, share: float | None) -> tuple[Tensors, Tensors, float]:
+        """(W + eps M, W - eps M, eps), eps |M| being that share of |W|."""
+        unit = self._unit(tensors)
+        if unit is None:  # the drift at the reference checkpoint itself: no step, value zero
+            return {}, {}, 1.0
+        return self._moved(tensors, (share or self._relative_step(tensors)) * unit)
+
+    def _relative_step(self, tensors: Tensors) -> float:
+        """The step, as a share of |W|, whose derivative on a fixed probe agrees best with its neighbour's.
 
         The probe is the same tokens for every batch, so the step depends on the model and the direction alone.
         """
+        unit = self._unit(tensors)
+        if unit is None:
+            return RELATIVE_STEPS[-1]
+        found = [self._probe(self._moved(tensors, share * unit)) for share in RELATIVE_STEPS]
+        changes = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, found[1:], strict=False)]
+        return RELATIVE_STEPS[changes.index(min(changes)) + 1]
+
+    def _unit(self, tensors: Tensors) -> float | None:
+        """|W| / |M|; None where M is zero."""
         parameters = dict(self.scoring.model.named_parameters())
         weights_norm = _norm(parameters[name].detach() for name in tensors)
         direction_norm = _norm(tensors.values())
-        if direction_norm == 0:  # the drift at the reference checkpoint itself: no step, value zero
-            return {}, {}, 1.0
-        unit = weights_norm / direction_norm
-        found = [self._probe(self._moved(tensors, share * unit)) for share in RELATIVE_STEPS]
-        changes = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, found[1:], strict=False)]
-        return self._moved(tensors, RELATIVE_STEPS[changes.index(min(changes)) + 1] * unit)
+        return weights_norm / direction_norm if direction_norm else None
 
     @torch.no_grad()
     def _probe(self, step: tuple[Tensors, Tensors, float]) -> torch.Tensor:
@@ -133,7 +152,8 @@ class Exact:
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
         trunk = Trunk(self.layers, self.first_layer)
         plus, minus, eps = step
-        return (self._losses(batch, plus, trunk) - self._losses(batch, minus, trunk)) / (2 * eps)
+        with self._routing(batch, trunk)[0]:
+            return (self._losses(batch, plus, trunk) - self._losses(batch, minus, trunk)) / (2 * eps)
 
     def _moved(self, tensors: Tensors, eps: float) -> tuple[Tensors, Tensors, float]:
         parameters = dict(self.scoring.model.named_parameters())
@@ -147,74 +167,63 @@ class Exact:
     @torch.no_grad()
     def _central(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
+        routing, losses = self._routing(batch, trunk)
+        if losses is not None:
+            logprobs = -losses
         for name, (plus, minus, eps) in self.steps.items():
-            above = self._losses(batch, plus, trunk)
-            below = above if not minus else self._losses(batch, minus, trunk)
+            with routing:
+                above = self._losses(batch, plus, trunk)
+                below = above if not minus else self._losses(batch, minus, trunk)
             values[name] = (above - below) / (2 * eps)
             if logprobs is None:  # the mean of both sides: off by eps^2 l'' / 2 (see the test of its size)
                 logprobs = -(above + below) / 2
         return values, logprobs
 
-    def _losses(self, batch: Batch, weights: Tensors, trunk: "Trunk") -> torch.Tensor:
+    def _routing(self, batch: Batch, trunk: Trunk) -> tuple[AbstractContextManager, torch.Tensor | None]:
+        """(what holds every token with its experts; then also the losses of the pass that has found them)."""
+        if not is_routed(self.scoring.model):
+            return nullcontext(), None
+        routing = FixedRouting(self.layers[self.first_layer or 0])
+        with routing:
+            losses = self._losses(batch, {}, trunk)
+        return routing, losses
+
+    def _losses(self, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
         with swapped_weights(self.scoring.model, weights), trunk:
-            hidden = self.scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder(self.scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             return self.scoring.head(hidden[batch.predicting], batch.targets).losses
 
 
 @torch.no_grad()
 def hidden_tangent(
-    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: "Trunk", stacked: Stacked | None = None
+    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: Trunk, stacked: Stacked | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(final hidden states at the predicting positions, their derivative along `tangents`), each ND.
 
     stacked: layers whose tangents are in there instead.
     """
-    duals = dual_weights(scoring.model, tangents)
-    with forward_ad.dual_level(), duals, stacked_tangents(stacked or {}), differentiable(), trunk:
-        hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    duals, experts = dual_weights(scoring.model, tangents), differentiable_experts(scoring.model)
+    with forward_ad.dual_level(), duals, stacked_tangents(stacked or {}), differentiable(), experts, trunk:
+        try:
+            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        except NotImplementedError as error:
+            raise UserError(
+                f"{_raising_module(scoring.model, error)} has no forward-mode derivative: use --method central"
+            ) from error
         predicting = forward_ad.unpack_dual(hidden[batch.predicting])
         primal, tangent = predicting.primal.clone(), predicting.tangent
         return primal, torch.zeros_like(primal) if tangent is None else tangent.clone()
 
 
-class Trunk:
-    """Shares the layers below the first scored one between the forward passes of a batch.
-
-    The first pass keeps the hidden states that enter layer `first_layer`. In later passes the layers below return
-    their input at once and that layer gets the kept states; the model's own forward makes masks and positions.
-    """
-
-    def __init__(self, layers: nn.ModuleList, first_layer: int | None, hidden: torch.Tensor | None = None) -> None:
-        self.layers, self.first_layer = layers, first_layer or 0
-        self.hidden = hidden
-        self._undo: list = []
-
-    def __enter__(self) -> "Trunk":
-        if self.first_layer:
-            hook = self.layers[self.first_layer].register_forward_pre_hook(self._enter_suffix, with_kwargs=True)
-            self._undo.append(hook.remove)
-            if self.hidden is not None:
-                for layer in self.layers[: self.first_layer]:
-                    layer.forward = _return_input
-                    self._undo.append(lambda layer=layer: layer.__dict__.pop("forward"))
-        return self
-
-    def __exit__(self, *exception) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _enter_suffix(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        key = "hidden_states"
-        states = args[0] if args else kwargs[key]
-        if self.hidden is None:
-            self.hidden = states
-        if args:
-            return (self.hidden, *args[1:]), kwargs
-        return args, kwargs | {key: self.hidden}
-
-
-def _return_input(hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    return hidden_states
+def _raising_module(model: nn.Module, error: BaseException) -> str:
+    """Name and class of the innermost module of the model in the error's traceback."""
+    names = {module: name for name, module in model.named_modules()}
+    found, traceback = model, error.__traceback__
+    while traceback is not None:
+        inside = traceback.tb_frame.f_locals.get("self")
+        found = inside if isinstance(inside, nn.Module) and inside in names else found
+        traceback = traceback.tb_next
+    return f"{names[found]} ({type(found).__name__})" if found is not model else type(model).__name__
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from alphatoken.architecture import decoder
+from alphatoken.attention import settle_attention
 from alphatoken.errors import UserError
 
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in float32
@@ -179,9 +181,10 @@ def check_head(model: PreTrainedModel, head: LossHead) -> None:
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 9, device=head.projection.weight.device)[None] % vocabulary
+    settle_attention(model, ids)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     expected = F.cross_entropy(logits, ids[0, 1:], reduction="none")
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
     losses = head(hidden, ids[0, 1:]).losses.float()
     tolerance = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
     if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance):

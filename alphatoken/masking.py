@@ -111,11 +111,17 @@ def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
 
 def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
     """True (N,) for the response tokens that the bounds let through. Every row needs one."""
-    offsets, values, response_mask = _values(table, plan, source)
-    classes = plan.class_of_token[flat(table, "input_ids")[response_mask]]
-    lengths = selection.count_per_row(response_mask, offsets)
-    found = TokenLosses(-flat(table, "logprobs")[response_mask].astype(np.float64), classes, lengths)
+    _, values, response_mask = _values(table, plan, source)
+    found = losses_of(table, plan.class_of_token)
     return plan.bounds.keep(found, values[response_mask] if plan.bounds_and_value else None)
+
+
+def losses_of(table: pa.Table, class_of_token: np.ndarray) -> TokenLosses:
+    """What bounds are about, of a SCORED table."""
+    response_mask = flat(table, "response_mask")
+    classes = class_of_token[flat(table, "input_ids")[response_mask]]
+    lengths = selection.count_per_row(response_mask, offsets_of(table, "response_mask"))
+    return TokenLosses(-flat(table, "logprobs")[response_mask].astype(np.float64), classes, lengths)
 
 
 def row_means(table: pa.Table, plan: MaskPlan) -> np.ndarray:

@@ -76,6 +76,7 @@ class PairEncoder:
 
     def encode(self, row: dict) -> EncodedPair:
         """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        self.encoder.typed = None
         row = rename_columns(row, self.options.columns)
         if not is_pair(set(row), {}):
             raise BadRowError(f"the row has no chosen and rejected: it has {', '.join(sorted(row))}")
@@ -123,12 +124,13 @@ class PairEncoder:
 
 def _prompt_and_responses(row: dict, has_template: bool) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected): all three text, or all three messages."""
-    chosen, rejected = row["chosen"], row["rejected"]
+    chosen, rejected = row.get("chosen"), row.get("rejected")
     for name in BRANCHES:
-        if not isinstance(row[name], str | list | tuple | dict):
+        if not isinstance(row.get(name), str | list | tuple | dict):
             raise BadRowError(f"{name} is neither text nor messages")
     if row.get("messages") and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt = row["messages"]  # of a pair by `alphatoken pair`, whose prompt is the rendered conversation
+        # Of a pair by `alphatoken pair`, whose prompt is the rendered conversation
+        prompt = check_messages(row["messages"], "messages")
     elif row.get("prompt") is not None:
         prompt = row["prompt"]
     elif row.get("instruction") is not None:

@@ -81,7 +81,8 @@ def score_pair_table(
 ) -> tuple[pa.Table, dict[int, str], int]:
     """An ENCODED_PAIRS table (other columns are carried along) to SCORED_PAIRS columns.
 
-    Returns (table, {row index: reason} of pairs to quarantine, computed positions with padding).
+    Returns (table, {row index: reason} of pairs to quarantine, computed positions with padding). A pair fails with
+    either of its branches. Raises as `score_columns` does.
     """
     prompts = lists(table["prompt_ids"])
     responses = {branch: lists(table[f"{branch}_ids"]) for branch in BRANCHES}
@@ -133,7 +134,8 @@ def _score_branches(prompts, responses, row_ids, estimator, batch_tokens, device
     ]
     numbers = [2 * row_id + side for side in range(len(BRANCHES)) for row_id in row_ids]  # for `random`
     more = (*(schema.TERMS if terms else ()), REFERENCE)
-    return score_columns(rows, masks, numbers, estimator, batch_tokens, device, more=more)
+    owners = [*range(len(prompts))] * len(BRANCHES)
+    return score_columns(rows, masks, numbers, estimator, batch_tokens, device, more=more, owners=owners)
 
 
 def _split(flat: dict[str, np.ndarray], prompts, responses) -> dict[str, dict[str, np.ndarray]]:

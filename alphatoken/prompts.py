@@ -6,10 +6,9 @@ A column `answer` goes before any response of the row.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from alphatoken.chat import ChatRenderer, check_messages
+from alphatoken.chat import check_messages
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.sources import ReadUnit, first_row
@@ -59,6 +58,7 @@ class PromptReader:
 
     def read(self, row: dict) -> Prompt:
         """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        self.encoder.typed = None
         row = rename_columns(row, self.encoder.options.columns)
         if row.get("tools") not in (None, "", "[]", []):
             raise BadRowError("the row has tools, which are not supported")
@@ -91,16 +91,16 @@ class PromptReader:
     def _from_messages(self, messages: list[dict], answer: str | None) -> Prompt:
         if not messages:
             raise BadRowError("the conversation has no turn before the answer")
-        text = self._chat.render(messages, add_generation_prompt=True)
+        text, ids = self.encoder.encode_prompt(messages)
         plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return Prompt(text, plain, self._tokenize(text, special=False), answer)
+        return Prompt(text, plain, ids, answer)
 
     def _from_text(self, text: str, answer: str | None) -> Prompt:
         if not text.strip():
             raise BadRowError("the prompt is empty")
         if self.chat:
             return self._from_messages([{"role": "user", "content": text}], answer)
-        return Prompt(text, None, self._tokenize(text, special=True), answer)
+        return Prompt(text, None, self.encoder.encode_prompt(text)[1], answer)
 
     def _from_instruction(self, row: dict, answer: str | None) -> Prompt:
         instruction, extra = row["instruction"], row.get("input") or ""
@@ -121,13 +121,6 @@ class PromptReader:
         if answer is None and not encoded.truncated:
             answer = decode(encoded.input_ids[start:stop], skip_special_tokens=True)
         return Prompt(decode(encoded.input_ids[:start]), None, encoded.input_ids[:start], answer)
-
-    @cached_property
-    def _chat(self) -> ChatRenderer:
-        return ChatRenderer(self.encoder.tokenizer)
-
-    def _tokenize(self, text: str, special: bool) -> list[int]:
-        return self.encoder.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
 
 
 def _answer(row: dict) -> str | None:

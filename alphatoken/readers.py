@@ -1,9 +1,13 @@
-"""Reading one piece of the input as a stream of rows. Bad data never raises: it becomes a `SourceRow` with a reason."""
+"""Reading one piece of the input as a stream of rows. Bad data never raises: it becomes a `SourceRow` with a reason.
 
+Memory stays bounded whatever a file holds: lines above MAX_LINE_BYTES are skipped in small pieces, not parsed.
+"""
+
+import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,14 +17,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alphatoken import retries
 from alphatoken.errors import UserError
 
 ROWS_PER_FILE = 10**9  # row_id = file_index * ROWS_PER_FILE + position
 READ_ROWS = 256  # rows held in memory at once
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 16 * 2**20  # of JSON lines; as Python objects a line can be 20 times as large
+BUFFER_BYTES = 2**20
+MAX_NESTING = 100  # lists and objects inside each other in a row
 FIRST_ROWS = 1000  # rows looked at for one that can be read
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
+UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 Item = tuple[int, dict | None, str | None]  # (position, data, error); a blank line is (position, None, None)
 
@@ -56,10 +63,11 @@ class SourceRow:
 
 def read_unit(unit: ReadUnit) -> Iterator[SourceRow]:
     """The rows of a unit in order, in constant memory. Bad rows come with `error`; where the rest of a file cannot be
-    read, one row with `error` says so and reading ends. Raises UserError where the file can no longer be opened.
+    read, one row with `error` says so and reading ends. Raises UserError where the file can no longer be opened, or
+    its storage does not answer.
     """
     source = unit.path.removesuffix(":")  # a saved data set without splits
-    for position, data, error in _READERS[unit.kind](unit):
+    for position, data, error in _persistent_items(unit):
         if position >= ROWS_PER_FILE:
             raise UserError(f"{source} has more than {ROWS_PER_FILE} rows: split it into smaller files.")
         if data is not None or error is not None:
@@ -93,7 +101,7 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
     """The (decompressed) bytes of a file. Raises UserError where it cannot be opened."""
     file = fsspec.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)
     try:
-        stream = file.open()
+        stream = retries.retried(file.open, path)
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {first_line(error)}.") from error
     try:
@@ -122,9 +130,36 @@ def load_data_set(kind: str, path: str) -> Any:
         raise UserError(f"{where} (split {split or 'none'}) it cannot be loaded: {first_line(error)}.") from error
 
 
+def _persistent_items(unit: ReadUnit) -> Iterator[Item]:
+    """The items of a unit. Where its storage fails for a moment it is opened again and read on from the same place."""
+    next_position, failures = 0, 0
+    while True:
+        try:
+            for item in _READERS[unit.kind](unit):
+                if item[0] >= next_position:
+                    next_position, failures = item[0] + 1, 0
+                    yield item
+            return
+        except Exception as error:
+            if not retries.is_transient(error):
+                raise
+            failures += 1
+            if failures == retries.ATTEMPTS:
+                if "://" not in unit.path:  # a damaged disk: other files and blocks of it can be read
+                    yield next_position, None, f"the file cannot be read from here on: {first_line(error)}"
+                    return
+                raise UserError(
+                    f"{unit.path} cannot be read ({first_line(error)}): once its storage answers, run the same "
+                    "command again: it resumes."
+                ) from error
+        retries.wait(failures)
+
+
 def _read_jsonl(unit: ReadUnit) -> Iterator[Item]:
     with open_input(unit.path) as stream:
-        yield from _stop_where_unreadable(_parsed_lines(stream), 0)
+        # Remote files of fsspec have a readline without a limit.
+        buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream, BUFFER_BYTES)
+        yield from _stop_where_unreadable(_parsed_lines(buffered), 0)
 
 
 def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
@@ -136,38 +171,69 @@ def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
         start = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         # Group by group: a batch over two groups would lose the rows of a good one to a damaged one.
         groups = (file.iter_batches(READ_ROWS, row_groups=[group]) for group in range(unit.start, unit.stop))
-        rows = (row for batches in groups for batch in batches for row in batch.to_pylist())
-        yield from _stop_where_unreadable(_numbered(rows, start), start)
+        rows = (row for batches in groups for batch in batches for row in _python_rows(batch))
+        items = ((position, *row) for position, row in enumerate(rows, start))
+        yield from _stop_where_unreadable(items, start)
+
+
+def _python_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
+    """(row, None), or (None, reason) for a row with a value that Python cannot hold, such as text that is not UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # whatever Python's types raise: one row spoils them all
+        for index in range(batch.num_rows):
+            yield _python_row(batch.slice(index, 1))
+    else:
+        yield from ((row, None) for row in rows)
+
+
+def _python_row(batch: pa.RecordBatch) -> tuple[dict | None, str | None]:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[0].as_py()
+        except Exception as error:
+            return None, f"the column {name} cannot be read: {first_line(error)}"
+    return row, None
 
 
 def _read_data_set(unit: ReadUnit) -> Iterator[Item]:
-    rows = load_data_set(unit.kind, unit.path).select(range(unit.start, unit.stop))
-    yield from _stop_where_unreadable(_numbered(rows, unit.start), unit.start)
+    data_set = load_data_set(unit.kind, unit.path)
+    position = unit.start
+    while position < unit.stop:
+        try:
+            for row in data_set.select(range(position, unit.stop)):
+                yield position, row, None
+                position += 1
+        except Exception as error:  # datasets raises whatever its decoders raise
+            if retries.is_transient(error):
+                raise
+            yield position, None, f"the row cannot be read: {first_line(error)}"
+            position += 1
 
 
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_data_set, "named": _read_data_set}
 
 
 def _stop_where_unreadable(items: Iterator[Item], position: int) -> Iterator[Item]:
-    """The items; where reading fails, one item that says why, at the position that would have come next."""
+    """The items; where reading fails, one item that says why, at the position that would have come next.
+
+    Raises what may be gone at the next attempt.
+    """
     try:
         for item in items:
             yield item
             position = item[0] + 1
     except UNREADABLE as error:
+        if retries.is_transient(error):
+            raise
         yield position, None, f"the file cannot be read from here on: {first_line(error)}"
-
-
-def _numbered(rows: Iterable[dict], start: int) -> Iterator[Item]:
-    for position, row in enumerate(rows, start):
-        yield position, row, None
 
 
 def _parsed_lines(stream: IO[bytes]) -> Iterator[Item]:
     position = 0
     while line := stream.readline(MAX_LINE_BYTES):
-        if position == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
+        line = line.removeprefix(BYTE_ORDER_MARK)  # at every line: files may have been joined
         if _skip_rest_of_line(stream, line):
             yield position, None, f"the line is longer than {MAX_LINE_BYTES} bytes"
         elif line.strip():
@@ -180,7 +246,7 @@ def _parsed_lines(stream: IO[bytes]) -> Iterator[Item]:
 def _skip_rest_of_line(stream: IO[bytes], line: bytes) -> bool:
     """Reads on to the end of a line that was too long to hold; whether there was anything left of it."""
     skipped = False
-    while line and not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
+    while line and not line.endswith(b"\n") and (line := stream.readline(BUFFER_BYTES)):
         skipped = True
     return skipped
 
@@ -201,4 +267,15 @@ def _parse_line(line: bytes) -> tuple[dict | None, str | None]:
         return None, f"invalid JSON: {error}"
     if not isinstance(data, dict):
         return None, f"the line is a JSON {type(data).__name__}, not an object"
+    if line.count(b"{") + line.count(b"[") > MAX_NESTING and _is_deep(data):
+        return None, f"the JSON is nested too deeply: more than {MAX_NESTING} lists and objects inside each other"
     return data, None
+
+
+def _is_deep(data: dict) -> bool:
+    """Without recursion, which such a row would exhaust here or in a later step."""
+    level: list[Any] = [data]
+    for _ in range(MAX_NESTING):
+        items = (item for found in level for item in (found.values() if isinstance(found, dict) else found))
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)

@@ -1,7 +1,21 @@
-"""A table of encoded rows to a table of scored rows, and the estimator that a configuration asks for."""
+"""A table of encoded rows to a table of scored rows, and the estimator that a configuration asks for.
 
+A batch that cannot be computed is halved until single rows are left that cannot. They are put aside with a reason: out
+of memory, or the error of the computation. Other errors than memory are put down to rows only on evidence:
+
+- some other row of the block could be computed: the failing ones are put aside;
+- none could, and their errors, out of memory aside, are two or more of one type: a bug or a wrong set-up, the first
+  is raised;
+- none could otherwise (a block of one row, rows too long for the memory, errors of several types): two tokens of the
+  shortest row are computed alone. If even they fail, that error is raised; else the rows are put aside.
+
+A CUDA error other than out of memory is always raised: it leaves the device unusable for good rows too.
+"""
+
+import gc
 import logging
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +31,17 @@ from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.readers import first_line
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import Estimator
 
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = "a value or loss is not finite (NaN or infinity): the model overflows on this row"
+# What torch says on CPUs and what drivers say beside torch.OutOfMemoryError
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+Evaluate = Callable[[list[int]], tuple[Batch, dict[str, torch.Tensor]]]  # row indices -> per-token results on the CPU
 
 
 def default_parameters(estimator: str) -> str:
@@ -46,7 +65,8 @@ def build_estimator(config: ScoreConfig, scoring: ScoringModel, direction_path: 
     check_covers(direction, direction_path, scoring, parameters)
     drift = _drift(config, scoring, parameters, direction.group("scale"))
     if config.estimator == "exact":
-        return Exact(scoring, parameters, direction.group("direction"), drift, config.method)
+        step = direction.provenance.central_step if scoring.dtype == torch.float32 else None
+        return Exact(scoring, parameters, direction.group("direction"), drift, config.method, step)
     return ValuePropagation(scoring, parameters, direction.group("direction"), drift, config.window)
 
 
@@ -91,34 +111,124 @@ def score_columns(
     device: torch.device,
     terms: bool = False,
     more: Sequence[str] = (),
+    owners: Sequence[int] | None = None,
 ) -> ScoredColumns:
     """Value every response token of the given rows, in batches of rows of similar length.
 
-    more: names in the estimator's terms that become columns too.
+    more: names in the estimator's terms that become columns too. owners: the same number for rows that are branches of
+    one pair. Raises UserError, and what the estimator raises, where the failures are not the rows' own: see above.
     """
     lengths = [len(row) for row in input_ids]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     names = ["adaptation", "stability", "logprobs", *(schema.TERMS if terms else ()), *more]
     flat = {name: np.zeros(starts[-1], dtype=np.float32) for name in names}
-    failures: dict[int, str] = {}
-    computed = 0
-    for indices in plan_batches(lengths, batch_tokens):
-        batch = make_batch(
-            [input_ids[i] for i in indices], [response_masks[i] for i in indices], [row_ids[i] for i in indices]
-        )
-        computed += batch.input_ids.numel()
+
+    def compute(ids: list, masks: list, numbers: list[int]) -> tuple[Batch, dict[str, torch.Tensor]]:
+        batch = make_batch(ids, masks, numbers)
         values = estimator(batch.to(device))
         tensors = {"adaptation": values.adaptation, "stability": values.stability, "logprobs": values.logprobs}
         tensors |= {name: values.terms[name] for name in names if name in values.terms}
-        parts = {name: batch.split(tensor.float().cpu()) for name, tensor in tensors.items()}
-        for b, i in enumerate(indices):
-            if not all(torch.isfinite(part[b]).all() for part in parts.values()):
-                failures[i] = NOT_FINITE
-                continue
-            where = starts[i] + np.flatnonzero(response_masks[i])
-            for name, part in parts.items():
-                flat[name][where] = part[b].numpy()
+        return batch, {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+    def evaluate(indices: list[int]) -> tuple[Batch, dict[str, torch.Tensor]]:
+        return compute([input_ids[i] for i in indices], [response_masks[i] for i in indices],
+                       [row_ids[i] for i in indices])  # fmt: skip
+
+    failures: dict[int, str] = {}
+    errors: dict[int, Exception] = {}
+    computed = 0
+    for planned in plan_batches(lengths, batch_tokens):
+        for indices, (batch, tensors) in _with_halves(evaluate, planned, errors):
+            computed += batch.input_ids.numel()
+            parts = {name: batch.split(tensor) for name, tensor in tensors.items()}
+            for b, i in enumerate(indices):
+                if not all(torch.isfinite(part[b]).all() for part in parts.values()):
+                    failures[i] = NOT_FINITE
+                    continue
+                where = starts[i] + np.flatnonzero(response_masks[i])
+                for name, part in parts.items():
+                    flat[name][where] = part[b].numpy()
+    if errors and len(errors) == len(lengths):
+        shortest = min(errors, key=lambda i: lengths[i])
+        _check_set_up({(owners or range(len(lengths)))[i]: error for i, error in errors.items()})
+        _probe(lambda: compute([input_ids[shortest][:2]], [[False, True]], [row_ids[shortest]]), len(errors), device)
+    failures |= {i: _reason(error, lengths[i]) for i, error in errors.items()}
     return ScoredColumns(flat, failures, computed)
+
+
+def _with_halves(
+    evaluate: Evaluate, indices: list[int], errors: dict[int, Exception]
+) -> Iterator[tuple[list[int], tuple[Batch, dict[str, torch.Tensor]]]]:
+    """(row indices, results) of every part of a batch that can be computed; single rows that cannot go to `errors`."""
+    waiting = [indices]
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = evaluate(part)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model or a kernel raises
+            if _is_device_broken(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # its frames hold the tensors that filled the memory
+            failed = error
+        else:
+            yield part, result
+            continue
+        if is_out_of_memory(failed):
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(part) > 1:
+                logger.warning("out of memory on a batch of %d rows, trying halves of it; a smaller --batch-tokens "
+                               "saves the attempt", len(part))  # fmt: skip
+        if len(part) == 1:
+            errors[part[0]] = failed
+        else:
+            half = len(part) // 2
+            waiting += [part[half:], part[:half]]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work at once may help."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def _is_device_broken(error: Exception) -> bool:
+    broken = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return broken and not is_out_of_memory(error)
+
+
+def _check_set_up(errors: dict[int, Exception]) -> None:
+    """Raises the first of the errors (by row or pair) where no row could be computed and several failed alike."""
+    others = [error for error in errors.values() if not is_out_of_memory(error)]
+    if len(others) > 1 and len({type(error) for error in others}) == 1:
+        others[0].add_note(f"Every one of {len(errors)} rows failed like this: a bug or a wrong set-up, not the rows.")
+        raise others[0]
+
+
+def _probe(compute: Callable[[], object], rows: int, device: torch.device) -> None:
+    """Raises where not even two tokens can be computed, so that the rows are not to blame."""
+    try:
+        compute()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"None of {rows} rows can be scored, nor two tokens alone: out of memory on {device}. Free its memory, or "
+            "score with fewer actors per machine, a smaller model or --dtype bfloat16."
+        ) from error
+
+
+def _reason(error: Exception, length: int) -> str:
+    if is_out_of_memory(error):
+        return (
+            f"out of memory with this row alone in its batch ({length} tokens): lower --max-length or score it on a "
+            "device with more memory"
+        )
+    return f"the computation of this row failed ({type(error).__name__}: {first_line(error)})"
 
 
 def score_table(

@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
+from alphatoken import retries
 from alphatoken.errors import UserError
 from alphatoken.readers import (
     BYTE_ORDER_MARK,
@@ -65,21 +66,30 @@ def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
             data_set = load_data_set(kind, path)
             digest.update(f"{data_set._fingerprint}\0{len(data_set)}\0".encode())
         else:
-            _hash_file(digest, path)
+            digest = _with_content(digest, path)
     return digest.hexdigest()
 
 
-def _hash_file(digest: Any, path: str) -> None:
+def _with_content(digest: Any, path: str) -> Any:
+    """The digest with a file's size and content."""
     fs, inner = _file_system(path)
-    info = fs.info(inner)
-    digest.update(f"{info['size']}\0".encode())
-    if info["size"] > HASHED_BYTES:
-        keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-        digest.update(str(next((info[key] for key in keys if info.get(key)), "")).encode())
-        return
-    with fs.open(inner, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+
+    def hashed() -> Any:
+        result, info = digest.copy(), fs.info(inner)
+        result.update(f"{info['size']}\0".encode())
+        if info["size"] > HASHED_BYTES:
+            keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+            result.update(str(next((info[key] for key in keys if info.get(key)), "")).encode())
+            return result
+        with fs.open(inner, "rb") as stream:
+            while block := stream.read(2**20):
+                result.update(block)
+        return result
+
+    try:
+        return retries.retried(hashed, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 # sources -> (kind, path)
@@ -133,7 +143,18 @@ def _is_data_file(path: str) -> bool:
 def _file_input(fs: Any, path: str) -> Input:
     if not path.endswith(EXTENSIONS):
         raise UserError(f"{path} is not a data file by its name: {', '.join(EXTENSIONS)} files are read.")
+    if not _is_unicode(path):  # rows carry the name of their file as text
+        shown = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise UserError(f"The file name {shown} is not valid UTF-8: rename the file.")
     return ("parquet" if path.endswith(".parquet") else "jsonl"), _uri(fs, path)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _uri(fs: Any, path: str) -> str:

@@ -1,16 +1,17 @@
 """Files by local path or any fsspec URI: s3://, gs://, abfs://, memory:// ...
 
 Every write is atomic: readers see the whole file or none. On file systems that means a temporary name, then a rename;
-on object stores one put, which is atomic by itself.
+on object stores one put, which is atomic by itself. All that is here may be repeated, and is where storage fails for a
+moment (see retries.py); a full disk is a UserError.
 """
 
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -19,6 +20,9 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from alphatoken.errors import UserError
+from alphatoken.retries import retried
+
+Result = TypeVar("Result")
 
 DATA_PATTERN = re.compile(r"^train-[0-9]+\.parquet$")
 TEMPORARY_PATTERN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
@@ -47,6 +51,10 @@ def absolute(uri: str) -> str:
     return os.path.normpath(path) if isinstance(fs, LocalFileSystem) else uri
 
 
+def is_local(uri: str) -> bool:
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
 def name_of(uri: str) -> str:
     """The last part of a path."""
     return uri.rstrip("/").rsplit("/", 1)[-1]
@@ -54,8 +62,16 @@ def name_of(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    return fs.exists(path)
+
+    def look() -> bool:
+        fs.invalidate_cache()
+        try:
+            fs.info(path)  # fs.exists takes any failure for a no
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    return retried(look, uri)
 
 
 def same_place(first: str, second: str) -> bool:
@@ -72,13 +88,17 @@ def list_names(folder: str) -> list[str]:
     Raises UserError if it is a file.
     """
     fs, path = filesystem(folder)
-    fs.invalidate_cache()
-    if fs.isfile(path):
-        raise UserError(f"{folder} is a file, not a folder; give a folder")
-    try:
-        entries = fs.ls(path, detail=False)
-    except FileNotFoundError:
-        return []
+
+    def look() -> list[str]:
+        fs.invalidate_cache()
+        if fs.isfile(path):
+            raise UserError(f"{folder} is a file, not a folder; give a folder")
+        try:
+            return fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+
+    entries = retried(look, folder)
     # Object stores may list the folder's own marker object among its content.
     return sorted(name_of(entry) for entry in entries if entry.rstrip("/") != path.rstrip("/"))
 
@@ -95,7 +115,7 @@ def read_bytes(uri: str) -> bytes:
     """UserError if the file is missing."""
     fs, path = filesystem(uri)
     try:
-        return fs.cat_file(path)
+        return retried(lambda: fs.cat_file(path), uri)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{uri} does not exist or is not a file") from error
 
@@ -104,16 +124,21 @@ def write_bytes(data: bytes | memoryview, uri: str) -> None:
     """Atomic. Folders above the file are made."""
     fs, path = filesystem(uri)
     if _protocols(fs) & OBJECT_STORES:
-        fs.pipe_file(path, bytes(data))
-        return
+        retried(lambda: fs.pipe_file(path, bytes(data)), uri)
+    else:
+        retried(lambda: _write_file(fs, data, path), uri)
+
+
+def _write_file(fs: fsspec.AbstractFileSystem, data: bytes | memoryview, path: str) -> None:
     folder, name = path.rsplit("/", 1)
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
     fs.makedirs(folder, exist_ok=True)
     try:
         _write_and_rename(fs, data, temporary, path)
     except BaseException:
-        if fs.exists(temporary):
-            fs.rm_file(temporary)
+        with suppress(Exception):  # what went wrong first is what counts; a resumed run removes temporary files
+            if fs.exists(temporary):
+                fs.rm_file(temporary)
         raise
 
 
@@ -148,7 +173,7 @@ def read_json_files(uris: list[str]) -> list[Any]:
         return []
     fs, _ = filesystem(uris[0])
     paths = [filesystem(uri)[1] for uri in uris]
-    content = fs.cat(paths)
+    content = retried(lambda: fs.cat(paths), uris[0].rpartition("/")[0])
     return [json.loads(content[path]) for path in paths]
 
 
@@ -159,26 +184,36 @@ def write_json(value: Any, uri: str) -> None:
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file; UserError if it is missing, broken, or lacks one of `columns`."""
-    with _parquet(uri) as file:
+
+    def read(file: pq.ParquetFile) -> pa.Table:
         missing = set(columns or []) - set(file.schema_arrow.names)
         if missing:
             raise UserError(f"{uri} lacks the columns {', '.join(sorted(missing))}")
         return file.read(columns=columns)
 
+    return _of_parquet(uri, read)
+
 
 def read_schema(uri: str) -> pa.Schema:
     """The columns of one Parquet file."""
-    with _parquet(uri) as file:
-        return file.schema_arrow
+    return _of_parquet(uri, lambda file: file.schema_arrow)
 
 
-@contextmanager
-def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+def count_rows(uri: str) -> int:
+    """Rows of one Parquet file, from its footer."""
+    return _of_parquet(uri, lambda file: file.metadata.num_rows)
+
+
+def _of_parquet(uri: str, read: Callable[[pq.ParquetFile], Result]) -> Result:
     # A dataset reader would add columns for folders called key=value; a single file never does.
     fs, path = filesystem(uri)
-    try:
+
+    def attempt() -> Result:
         with pq.ParquetFile(path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")) as file:
-            yield file
+            return read(file)
+
+    try:
+        return retried(attempt, uri)
     except FileNotFoundError as error:
         raise UserError(f"{uri} does not exist") from error
     except pa.ArrowInvalid as error:
@@ -209,12 +244,14 @@ def _leaves(schema: pa.Schema) -> tuple[list[str], list[str]]:
 def remove_file(uri: str) -> None:
     """Nothing happens if the file is not there."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm_file(path)
+    if exists(uri):
+        with suppress(FileNotFoundError):  # an attempt that seemed to fail may have removed it
+            retried(lambda: fs.rm_file(path), uri)
 
 
 def remove_tree(uri: str) -> None:
     """A folder with everything in it. Nothing happens if it is not there."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    if exists(uri):
+        with suppress(FileNotFoundError):
+            retried(lambda: fs.rm(path, recursive=True), uri)

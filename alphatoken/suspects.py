@@ -1,12 +1,17 @@
 """Suspect tokens and rows: what validation rows, which are good, do not look like. In numpy.
 
-    a token is surprising   its loss is above the q-quantile of the validation tokens of its class
+    a token is surprising   its loss is above the bound of its class
     a token is suspect      it is surprising, and its value is below zero: training on it raises the validation loss
     a row is suspect        its mean loss is above m + w s; m, s: mean and standard deviation of validation rows' means
 
 Neither sign is enough alone: a surprising token may be what is to be learned, and many good tokens have a negative
-value at some checkpoint. No share of the data has to be dropped, so clean data stay nearly whole. Bounds and values
-belong to one checkpoint. Rules are in numpy.
+value at some checkpoint.
+
+A class has a bound only where losses are in excess. Validation tokens say how many tokens of a class should lie above a
+loss; where at least twice as many of those to be judged do, half of them or more are not like validation tokens (the
+tail form of Efron's local false discovery rate), and the lowest such loss is the bound. So nothing is dropped of data
+that look like the validation rows, whatever their losses: with a plain quantile as bound, a tenth of clean data would
+be surprising. Bounds and values belong to one checkpoint.
 
 N response tokens, flat; R rows, row r at offsets[r]:offsets[r + 1]; C token classes.
 """
@@ -22,8 +27,9 @@ from alphatoken.batching import Batch
 from alphatoken.model import ScoringModel
 from alphatoken.token_classes import TOKEN_CLASS_NAMES
 
-FEWEST_TOKENS = 30  # validation tokens of a class below which its tokens are never surprising
-QUANTILE = 0.9
+FEWEST_TOKENS = 30  # of a class, known and to be judged, below which its tokens are never surprising
+QUANTILES = (0.9, 0.95, 0.975, 0.99)  # of validation losses: what a bound may be
+LEAST_EXCESS = 0.5  # share of the tokens above a bound that are not like validation tokens, as estimated
 ROW_WIDTH = 3.0
 
 
@@ -53,9 +59,9 @@ class Bounds:
     row: float
 
     @classmethod
-    def of(cls, validation: TokenLosses) -> "Bounds":
-        tokens = loss_bounds(validation.losses, validation.classes, len(TOKEN_CLASS_NAMES))
-        return cls(tokens, row_loss_bound(validation.losses, validation.offsets, ROW_WIDTH))
+    def of(cls, validation: TokenLosses, judged: TokenLosses) -> "Bounds":
+        """judged: everything that is judged together, such as a window or an optimizer step."""
+        return cls(loss_bounds(validation, judged), row_loss_bound(validation.losses, validation.offsets, ROW_WIDTH))
 
     def keep(self, found: TokenLosses, values: np.ndarray | None = None) -> np.ndarray:
         """True (N,) for tokens that are not suspect, of rows that are not. Without values: not surprising."""
@@ -80,13 +86,27 @@ def validation_losses(scoring: ScoringModel, batches: Iterable[Batch], class_of:
     return TokenLosses.joined(found)
 
 
-def loss_bounds(losses: np.ndarray, classes: np.ndarray, num_classes: int, quantile: float = QUANTILE) -> np.ndarray:
-    """float64 (C,): the quantile of validation losses by token class; infinity where too few tokens are known."""
+def loss_bounds(
+    validation: TokenLosses, judged: TokenLosses, least: float | None = None, num_classes: int = len(TOKEN_CLASS_NAMES)
+) -> np.ndarray:
+    """float64 (C,): the bound of each class; infinity where nothing is in excess. least: default LEAST_EXCESS.
+
+    k of n validation tokens lie above a loss: the expected share is (k + 1 + sqrt(k + 1)) / n, a standard deviation
+    above k / n, so that chance seldom makes an excess. Losses that are not finite count for nothing.
+    """
+    least = LEAST_EXCESS if least is None else least
     bounds = np.full(num_classes, np.inf)
     for number in range(num_classes):
-        known = losses[classes == number]
-        if len(known) >= FEWEST_TOKENS:
-            bounds[number] = np.quantile(known, quantile)
+        known, others = (part.losses[part.classes == number] for part in (validation, judged))
+        others = others[np.isfinite(others)]
+        if min(len(known), len(others)) < FEWEST_TOKENS:
+            continue
+        for bound in np.quantile(known, QUANTILES):
+            above = np.count_nonzero(known > bound) + 1
+            expected = (above + np.sqrt(above)) / len(known)
+            if np.count_nonzero(others > bound) / len(others) * (1 - least) >= expected:
+                bounds[number] = bound
+                break
     return bounds
 
 

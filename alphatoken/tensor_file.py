@@ -30,6 +30,7 @@ class Provenance:
     num_tokens: int
     options: dict = field(default_factory=dict)
     health: dict = field(default_factory=dict)  # of a direction: see direction_health.py
+    central_step: float | None = None  # of a float32 direction: see Exact; so that all actors take the same
 
 
 @dataclass(frozen=True)

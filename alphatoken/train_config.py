@@ -28,10 +28,10 @@ class LiveValueOptions(DirectionShape):
     )
     rule: Literal["none", "share", "suspect", "surprising"] = Field(
         "share",
-        description="sft: what is trained on. share: the tokens of the highest values; suspect: all but tokens that "
-        "surprise the model more than validation tokens of their class and have a negative value, and rows that "
-        "surprise it as a whole; surprising: the same whatever the value, so nothing is valued; none: nothing is left "
-        "out, which is the default of rounds where no --keep-fraction is given",
+        description="sft: what is trained on. share: the tokens of the highest values; suspect: all but tokens of a "
+        "negative value that surprise the model, where more do than validation tokens of their class, and rows that "
+        "surprise it as a whole: the default of rounds of sft where no --keep-fraction is given; surprising: the same "
+        "whatever the value, so nothing is valued; none: nothing is left out, the default of rounds of dpo",
     )
     keep_fraction: float = Field(0.8, gt=0, le=1, description="rule share: part of the response tokens to train on")
     stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda; needs --fisher to matter")

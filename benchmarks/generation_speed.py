@@ -51,7 +51,8 @@ def plain(config: GenerateConfig) -> int:
     ]
     asked = [vllm_request(request, plan.sampling, plan.end_ids) for request in requests]
     settings = vllm_config(plan)
-    engine = LLM(model=settings.model_source, **settings.engine_kwargs)
+    engine_kwargs = {name: value for name, value in settings.engine_kwargs.items() if name != "task_type"}  # Ray's own
+    engine = LLM(model=settings.model_source, **engine_kwargs)
     answers = engine.generate(
         [{"prompt_token_ids": request["tokenized_prompt"]} for request in asked],
         [SamplingParams(**request["sampling_params"]) for request in asked],
@@ -75,7 +76,9 @@ def timed(mode: str, config: GenerateConfig) -> dict:
     started = time.perf_counter()
     command = [sys.executable, __file__, "--run", mode, config.model_dump_json()]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    answer = next(line for line in done.stdout.splitlines() if line.startswith('{"tokens"'))  # engines print too
+    return json.loads(answer) | {"seconds": seconds}
 
 
 def measure(arguments: argparse.Namespace, mode: str, folder: str) -> dict:
@@ -117,7 +120,8 @@ def main() -> None:
         ],
     )  # fmt: skip
     settings = vars(arguments) | {"data": Path(arguments.data).name}
-    settings.pop("run")
+    for name in ("run", "json"):
+        settings.pop(name)
     write_result(arguments.json, settings | {"results": results})
 
 

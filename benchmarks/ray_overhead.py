@@ -1,9 +1,10 @@
 """What the pipeline adds to the computation: `run_score` against a bare loop over the same rows.
 
-    python benchmarks/ray_overhead.py [--rows 384] [--json FILE]
+    python benchmarks/ray_overhead.py [--rows 768] [--num-actors 2] [--json FILE]
 
 Both start cold in a process of their own: load the model, make the direction, encode, score, write Parquet. The
-pipeline's time includes starting Ray.
+pipeline's time includes starting Ray. Both have all of the machine's cores: the loop as threads of one process, the
+pipeline as actors that share the cores out.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from common import embedded_file, print_table, write_result
 from alphatoken.config import EMBEDDED_MODEL, ScoreConfig
 
 
-def configuration(data: str, folder: str) -> ScoreConfig:
+def configuration(data: str, folder: str, num_actors: str) -> ScoreConfig:
     return ScoreConfig(
-        model=EMBEDDED_MODEL, data=[data], validation=[embedded_file("validation.jsonl")], output=f"{folder}/scored"
-    )
+        model=EMBEDDED_MODEL, data=[data], validation=[embedded_file("validation.jsonl")], output=f"{folder}/scored",
+        num_actors=num_actors,
+    )  # fmt: skip
 
 
 def bare_loop(config: ScoreConfig) -> None:
@@ -57,46 +59,49 @@ def bare_loop(config: ScoreConfig) -> None:
             block, tokens = [], 0
 
 
-def timed(mode: str, data: str, folder: str) -> float:
+def timed(mode: str, data: str, folder: str, num_actors: str) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, __file__, "--run", mode, data, folder], check=True)
+    subprocess.run([sys.executable, __file__, "--run", mode, data, folder, num_actors], check=True)
     return time.perf_counter() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=384, help="more than the embedded set has: it is repeated")
+    parser.add_argument("--rows", type=int, default=768, help="more than the embedded set has: it is repeated")
+    parser.add_argument("--num-actors", default="2")
     parser.add_argument("--json")
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        mode, data, folder = arguments.run
+        mode, *rest = arguments.run
         if mode == "bare":
-            bare_loop(configuration(data, folder))
+            bare_loop(configuration(*rest))
         else:
             from pipelines.score import run_score
 
-            run_score(configuration(data, folder))
+            run_score(configuration(*rest))
         return
     embedded = Path(embedded_file("train.jsonl")).read_text().splitlines(keepends=True)
     lines = list(islice(cycle(embedded), arguments.rows))
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/data.jsonl"
         Path(data).write_text("".join(lines))
-        bare, pipeline = timed("bare", data, folder), timed("pipeline", data, folder)
+        bare = timed("bare", data, folder, arguments.num_actors)
+        pipeline = timed("pipeline", data, folder, arguments.num_actors)
         counts = json.loads(Path(folder, "scored", "manifest.json").read_text())["counts"]
     print_table(
         f"{counts['rows_out']} rows, {counts['tokens']:,} tokens, exact over all linear weights",
         ["", "seconds", "x bare loop"],
         [
             ["bare loop", f"{bare:.1f}", "1.00"],
-            ["pipeline (Ray, cold start)", f"{pipeline:.1f}", f"{pipeline / bare:.3f}"],
+            [f"pipeline (Ray, cold start, {arguments.num_actors} actors)", f"{pipeline:.1f}", f"{pipeline / bare:.3f}"],
         ],
     )
     write_result(
         arguments.json,
         {
             "rows": arguments.rows,
+            "num_actors": arguments.num_actors,
             "bare_seconds": bare,
             "pipeline_seconds": pipeline,
             "ratio": pipeline / bare,

@@ -12,7 +12,8 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -88,6 +89,27 @@ def run(
     except Exception as error:
         text = f"{type(error).__name__}: {error} (--debug shows where)"
         return _report(prog, [text], FAILED, debug)
+
+
+@contextmanager
+def shard_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; the function that it gives is told (shards done, shards in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def folder_first(argv: Sequence[str] | None) -> list[str]:
+    """The arguments, where the folder may come without --input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--input")
+    return arguments
 
 
 def show_tensor_file(config: Any, provenance: dict) -> None:

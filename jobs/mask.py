@@ -15,16 +15,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _mask(config: MaskConfig) -> dict:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from pipelines.mask import run_mask  # imports Ray: not before the arguments are right
 
-    console = Console(stderr=True)
-    columns = (TextColumn("masking shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("mask", total=None)
-        return run_mask(config, lambda done, total: bar.update(task, completed=done, total=total))
+    with cli.shard_bar("masking shards") as advance:
+        return run_mask(config, advance)
 
 
 def _show(config: MaskConfig, manifest: dict) -> None:

@@ -28,9 +28,7 @@ class ShowConfig(BaseModel):
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):  # the folder may come without --input
-        arguments.insert(0, "--input")
+    arguments = cli.folder_first(argv)
     return cli.run(ShowConfig, _rows, arguments, show=lambda config, rows: print_rows(rows), prog="alphatoken show")
 
 

@@ -70,7 +70,7 @@ def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:
 
     Ray's own default is the actor's logical CPUs, of which a small machine is given more than it has cores.
     """
-    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    alone = not ray.is_initialized() or len([node for node in ray.nodes() if node["Alive"]]) == 1
     return max(1, (os.cpu_count() or 1) // actors if alone else int(cpus_per_actor))
 
 

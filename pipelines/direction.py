@@ -13,6 +13,7 @@ from alphatoken import tensor_file, token_classes
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import UserError
+from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair
@@ -106,6 +107,10 @@ def make_direction(
         f"direction/{name}": (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()
     }
     tensors |= {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
+    step = None
+    if scoring.dtype == torch.float32 and getattr(config, "estimator", "exact") == "exact":
+        moved = {name.removeprefix("direction/"): t for name, t in tensors.items() if name.startswith("direction/")}
+        step = Exact(scoring, parameters, moved, method="central").central_step
     health = check_direction(scoring, config, encoder, options, found, halves, scale, data_pairs)
     provenance = tensor_file.Provenance(
         kind="direction",
@@ -116,6 +121,7 @@ def make_direction(
         num_tokens=found.num_tokens,
         options=direction_identity(config, positions) | {"num_refused": len(refused)},
         health=health,
+        central_step=step,
     )
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
     return asdict(provenance)
@@ -157,6 +163,7 @@ def _adam_scale(
 def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) -> dict:
     """The settings that a direction depends on, as JSON."""
     names = ("normalization", "class_weights", "preconditioner", "columns", "max_length", "too_long")
+    names += ("special_tokens_in_text",)
     settings = {name: getattr(config, name) for name in names} | {"positions": positions}
     if config.validation_objective == "dpo":
         settings |= {name: getattr(config, name) for name in ("validation_objective", "beta", "reference_model")}

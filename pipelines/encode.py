@@ -27,6 +27,7 @@ ORIGIN = [
     pa.field("source", pa.string()),
     pa.field("position", pa.int64()),
     pa.field("reason", pa.string()),  # null: the row is good
+    pa.field("special_tokens", pa.bool_()),  # whether special tokens are written in its text
 ]
 
 
@@ -92,14 +93,15 @@ class RowColumns:
 
     encode: Callable[[dict], Any]  # to a dataclass with the columns as fields
     empty: dict[str, Any]
+    encoder: Encoder  # of `encode`
 
 
 def row_columns(encoder: Encoder) -> RowColumns:
-    return RowColumns(encoder.encode, vars(Encoded([], [], False)))
+    return RowColumns(encoder.encode, vars(Encoded([], [], False)), encoder)
 
 
 def pair_columns(encoder: PairEncoder) -> RowColumns:
-    return RowColumns(encoder.encode, vars(EncodedPair([], [], [], False)))
+    return RowColumns(encoder.encode, vars(EncodedPair([], [], [], False)), encoder.encoder)
 
 
 @dataclass(frozen=True)
@@ -118,31 +120,33 @@ def prompt_columns(reader: PromptReader) -> RowColumns:
             raise BadRowError("the row has no answer that a response could be compared with")
         return EncodedPrompt(found.prompt_ids, found.answer)
 
-    return RowColumns(encode, vars(EncodedPrompt([], "")))
+    return RowColumns(encode, vars(EncodedPrompt([], "")), reader.encoder)
 
 
 def encode_row(row: SourceRow, columns: RowColumns, keep_columns: Iterable[str] = ()) -> dict:
     """One record of the stream; `reason` says why a row is unusable."""
     record = {
         "row_id": row.row_id,
-        "id": row_name(row),
+        "id": row_name(row, columns.encoder.options.columns.get("id", "id")),
         "source": row.source,
         "position": row.position,
         "reason": row.error,
+        "special_tokens": False,
         **columns.empty,
     }
     if row.data is None:
         return record
     record |= {name: _as_text(row.data.get(name)) for name in keep_columns}
     try:
-        return record | vars(columns.encode(row.data))
+        record |= vars(columns.encode(row.data))
     except BadRowError as error:
-        return record | {"reason": str(error)}
+        record["reason"] = str(error)
+    return record | {"special_tokens": columns.encoder.typed is not None}
 
 
-def row_name(row: SourceRow) -> str:
+def row_name(row: SourceRow, column: str = "id") -> str:
     """The row's own id, else its place."""
-    own = None if row.data is None else row.data.get("id")
+    own = None if row.data is None else row.data.get(column)
     return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from torch import nn
 
 from alphatoken import losses
@@ -21,6 +21,7 @@ from alphatoken.head import LossHead
 from alphatoken.in_run import InRun, ValuedForward
 from alphatoken.model import ScoringModel
 from alphatoken.schema import IGNORE_INDEX
+from alphatoken.suspects import TokenLosses
 from pipelines.in_run_masks import Judged, keep_all, keep_share, keep_unsuspected
 from pipelines.in_run_refresh import InRunPlan, Refreshing
 from pipelines.trainers import MaskedDPOTrainer, MaskedSFTTrainer
@@ -79,7 +80,7 @@ class _InRunTrainer(Refreshing):
         elif self.plan.rule == "share":
             masks = keep_share(judged, self.plan.keep_fraction, self._everyones)
         else:
-            masks = keep_unsuspected(judged, self._bounds, self.plan.class_of)
+            masks = keep_unsuspected(judged, self._known, self.plan.class_of, self._everyones_losses)
         kept, total = (
             sum(float(part) for part in parts) for parts in ([m.sum() for m in masks], [m.numel() for m in masks])
         )
@@ -93,6 +94,9 @@ class _InRunTrainer(Refreshing):
         padded = self.accelerator.pad_across_processes(values[:, None], pad_index=torch.nan)[:, 0]
         gathered = self.accelerator.gather(padded)
         return gathered[~gathered.isnan()]
+
+    def _everyones_losses(self, found: TokenLosses) -> TokenLosses:
+        return TokenLosses.joined(gather_object([found]))
 
     def _batch(self, inputs: Inputs) -> Batch:
         raise NotImplementedError

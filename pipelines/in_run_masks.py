@@ -10,7 +10,7 @@ import torch
 
 from alphatoken.batching import Batch
 from alphatoken.in_run import keep_by_quantile
-from alphatoken.suspects import Bounds, token_losses
+from alphatoken.suspects import Bounds, TokenLosses, token_losses
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,19 @@ def keep_share(
     return list(keep.split([part.batch.num_response_tokens for part in judged]))
 
 
-def keep_unsuspected(judged: list[Judged], bounds: Bounds, class_of: torch.Tensor) -> list[torch.Tensor]:
-    """Tokens within the bounds, each judged by itself and its row. class_of: V, class of each token id."""
+def keep_unsuspected(
+    judged: list[Judged],
+    validation: TokenLosses,
+    class_of: torch.Tensor,
+    everyones: Callable[[TokenLosses], TokenLosses],
+) -> list[torch.Tensor]:
+    """Tokens within the bounds of the step. class_of: V, class of each token id. `everyones` joins those of all
+    workers.
+    """
+    parts = [token_losses(part.batch, part.losses, class_of) for part in judged]
+    bounds = Bounds.of(validation, everyones(TokenLosses.joined(parts)))
     masks = []
-    for part in judged:
+    for part, found in zip(judged, parts, strict=True):
         values = None if part.values is None else part.values.cpu().numpy()
-        found = token_losses(part.batch, part.losses, class_of)
         masks.append(torch.from_numpy(bounds.keep(found, values)).to(part.losses.device))
     return masks

@@ -1,5 +1,4 @@
-"""What in-run values and masks are measured against: the validation direction, the drift and the bounds, kept fresh.
-"""
+"""What in-run values and masks are measured against, kept fresh: direction, drift, losses of validation rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from alphatoken import direction as directions
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import Batch
 from alphatoken.in_run import InRun
-from alphatoken.suspects import Bounds, TokenLosses
+from alphatoken.suspects import TokenLosses
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Refreshing:
         super().__init__(*args, **kwargs)
         self._direction: directions.Tensors | None = None  # G, preconditioned
         self._scale: directions.Tensors = {}
-        self._bounds: Bounds | None = None
+        self._known: TokenLosses | None = None  # of the validation rows: what bounds are made from
         self._refreshed_at = 0
         self.refreshes = 0
 
@@ -61,7 +60,7 @@ class Refreshing:
     def _ready(self) -> bool:
         """Whether tokens can be judged."""
         by_value, by_bounds = self.plan.rule != "surprising", self.plan.rule != "share"
-        return not (by_value and self._direction is None) and not (by_bounds and self._bounds is None)
+        return not (by_value and self._direction is None) and not (by_bounds and self._known is None)
 
     def _refresh(self) -> None:
         if self.plan.rule != "surprising":
@@ -72,7 +71,7 @@ class Refreshing:
         if self.plan.rule != "share":
             with self.accelerator.autocast():
                 found = self.in_run.validation_losses(self.plan.validation, self.plan.class_of)
-            self._bounds = Bounds.of(TokenLosses.joined(gather_object([found])))
+            self._known = TokenLosses.joined(gather_object([found]))
         self._refreshed_at = self.state.global_step
         self.refreshes += 1
 

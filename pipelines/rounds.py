@@ -38,10 +38,7 @@ from pipelines.window_scorer import WindowScorer, combine
 NEVER = 10**9  # a step that no run reaches
 RETRIES = 5  # of a window whose weights or actors were lost
 
-NO_RULE = (
-    "no --rule is given, so every token is trained on: no rule was at least as good as that on noisy and on clean data "
-    "alike. Where you know of wrong tokens, --rule suspect helped in every trial; on clean data it cost a little"
-)
+NO_RULE = "with --rule none every token is trained on and nothing is valued: --rule suspect drops what does harm"
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +236,7 @@ def _summary(schedule: Schedule, windows: dict[int, dict], stages: dict[str, flo
         "oldest_values": max((window["oldest_values"] for window in found), default=0),
         "rows_valued": sum(window["counts"]["rows_in"] for window in found),
         "rows_quarantined": sum(window["counts"]["rows_quarantined"] for window in found),
+        "rows_dropped_sequences": sum(window["counts"]["rows_dropped_sequences"] for window in found),
         "kept_fraction": round(kept / response, 6) if response else 1.0,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -30,6 +30,7 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_out": data.num_rows,
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
+        "rows_special_tokens": pc.sum(block["special_tokens"]).as_py() or 0,
         "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
         "response_tokens": _response_tokens(data),
     }

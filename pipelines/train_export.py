@@ -15,7 +15,10 @@ from alphatoken.train_config import TrainConfig
 
 TRAINER_STATE = "trainer_state.json"
 # What a Trainer checkpoint has beside the model.
-NOT_MODEL = ("optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE, "training_args.bin", "README.md", ".*")
+NOT_MODEL = (
+    "optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE, "training_args.bin", "pytorch_model_fsdp*",
+    "README.md", ".*",
+)  # fmt: skip
 ADAPTER = "adapter_config.json"
 
 

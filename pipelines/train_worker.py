@@ -33,6 +33,11 @@ from pipelines.live_values import gradient_options, load_fisher, validation_batc
 from pipelines.train_data import columns_for, load_rows
 from pipelines.train_export import TRAINER_STATE
 
+# Whole weights in checkpoints: what export and a run with another number of workers can read.
+FSDP_ARGUMENTS = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"},
+}
 METRICS_SECONDS = 1.0  # the metrics file is written again at most this often
 
 logger = logging.getLogger(__name__)
@@ -209,7 +214,7 @@ def training_arguments(config: TrainConfig, folder: str, stored_reference: bool)
         "max_length": None,  # rows are cut by our collators
     }
     if config.fsdp:
-        shared |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+        shared |= FSDP_ARGUMENTS
     if config.objective == "sft":
         return SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
     return DPOConfig(**shared, beta=config.beta, precompute_ref_log_probs=stored_reference)

@@ -234,6 +234,8 @@ class MaskedDPOTrainer(_MaskedTrainer, DPOTrainer):
     def __init__(self, *args: Any, dpo_mask: DPOMask = "loss", **kwargs: Any) -> None:
         self.dpo_mask = dpo_mask
         super().__init__(*args, **kwargs)
+        if self.args.precompute_ref_log_probs:
+            self.ref_model = None  # under FSDP, TRL loads one for a pass that stored values make needless
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> datasets.Dataset:
         return dataset

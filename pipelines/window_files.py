@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 
 from alphatoken import storage
-from alphatoken.masking import MaskPlan
+from alphatoken.masking import MaskPlan, losses_of
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
 from alphatoken.suspects import Bounds, TokenLosses
@@ -58,8 +58,9 @@ def write_window(
     else:
         plan = MaskPlan(config.keep_fraction, config.stability_weight)
         if validation:
-            bounds = Bounds.of(TokenLosses.joined(ray.get(validation)))
             classes = class_of_ids(config.model, config.trust_remote_code)
+            judged = TokenLosses.joined([losses_of(table, classes) for table in tables])
+            bounds = Bounds.of(TokenLosses.joined(ray.get(validation)), judged)
             by_value = config.rule == "suspect"
             plan = replace(plan, bounds=bounds, bounds_and_value=by_value, class_of_token=classes)
         one_threshold = config.rule == "share" and config.scope == "window"

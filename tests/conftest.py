@@ -1,8 +1,17 @@
 import pytest
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the tests marked `full`: minutes more, little new")
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
+
+    if not config.getoption("--full"):
+        left = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=left)
 
     # Files with slow tests first, so that no worker ends with a long one alone.
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -11,6 +11,7 @@ def double(model):
 
     twin = copy.deepcopy(model).to(torch.float64)
     twin.set_attn_implementation("eager")
+    twin.set_experts_implementation("eager")
     return twin.eval().requires_grad_(True)
 
 
@@ -48,6 +49,22 @@ def exact_values(model, rows, tangent: dict[str, torch.Tensor]) -> torch.Tensor:
             g = gradient(model, losses[t], list(tangent), keep=True)
             values.append(sum((g[name] * tangent[name].to(torch.float64)).sum() for name in tangent))
     return torch.stack(values).detach()
+
+
+def gated_delta_rule(query, key, value, g, beta, **_) -> tuple[torch.Tensor, None]:
+    """Qwen3-Next's linear attention token by token, BTHD: S = exp(g) S, S += k (b (v - S^T k))^T, output S^T q."""
+    query, key, value, g, beta = (x.double() for x in (query, key, value, g, beta))
+    query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    query = query * query.shape[-1] ** -0.5
+    state = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1])
+    outputs = []
+    for t in range(query.shape[1]):
+        k, q = key[:, t, :, :, None], query[:, t, :, :, None]
+        state = state * g[:, t, :, None, None].exp()
+        new = (value[:, t] - (state * k).sum(-2)) * beta[:, t, :, None]
+        state = state + k * new[..., None, :]
+        outputs.append((state * q).sum(-2))
+    return torch.stack(outputs, 1), None
 
 
 def captures(model, ids: list[int], mask: list[bool], names: list[str]):

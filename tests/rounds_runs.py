@@ -51,6 +51,15 @@ def windows_of(output: str) -> list[tuple[dict, pa.Table]]:
     return [(found, pa.concat_tables(map(storage.read_table, found["shards"]))) for found in summaries]
 
 
+def weights_at(output: str, step: int) -> str:
+    """The checkpoint that a run left at this step: a model folder. Runs save where a window begins."""
+    for folder in Path(output, "checkpoints", "run").iterdir():
+        state = folder / "trainer_state.json"
+        if state.exists() and json.loads(state.read_text())["global_step"] == step:
+            return str(folder)
+    raise AssertionError(f"no checkpoint of step {step}")
+
+
 def losses_of(output: str) -> list[float]:
     lines = [line for line in read_metrics(f"{output}/metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))

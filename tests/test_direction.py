@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import captures, double, gradient, linear_matrix, mean_gradient, positions, relative_error, token_losses
-from tiny_models import ARCHITECTURES, VOCABULARY, random_rows, tiny_model
+from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, VOCABULARY, random_rows, tiny_model
 
 from alphatoken import direction
 from alphatoken.architecture import scored_parameters
@@ -38,6 +38,31 @@ def test_mean_over_tokens_is_the_gradient_of_the_mean_loss(architecture, paramet
     assert_close({n: found.tensors[n] for n in total}, total, 2e-5)
     assert found.num_rows == 4
     assert found.num_tokens == sum(map(sum, rows[1]))
+
+
+@pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
+def test_more_architectures_have_the_gradient_of_the_mean_loss(architecture):
+    """What an untouched expert gets is zero, not nothing."""
+    model = tiny_model(architecture, seed=2)
+    oracle = double(model)
+    scoring = prepare_model(model)
+    rows = random_rows(seed=9, count=3, longest=20)
+    everything = mean_gradient(oracle, rows, list(scored_parameters(model, "all")))
+    rounding = 1e-3 if architecture == "qwen3_next" else 2e-5  # its kernel works in float32, in float64 models too
+    for parameters in ("last-layers:2", "all-linear", "all"):
+        found = direction.mean_gradient(scoring, batches_of(rows, 2), direction.GradientOptions(parameters=parameters))
+        assert found.tensors.keys() == scored_parameters(model, parameters).keys()
+        largest = max(float(g.abs().max()) for g in everything.values())
+        for name, tensor in found.tensors.items():
+            error = (tensor.double() - everything[name]).abs().max()
+            assert error < rounding * max(float(everything[name].abs().max()), 1e-3 * largest), name
+
+
+def test_response_positions_are_of_linear_layers():
+    scoring = prepare_model(tiny_model("mixtral"))
+    options = direction.GradientOptions(positions="response")
+    with pytest.raises(UserError, match=r"mlp\.experts\.gate_up_proj.*MixtralExperts"):
+        direction.mean_gradient(scoring, batches_of(random_rows(0, 2), 2), options)
 
 
 @pytest.mark.parametrize("parameters", ["all-linear", "all"])

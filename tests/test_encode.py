@@ -1,4 +1,6 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
 
@@ -458,3 +460,170 @@ def test_slow_tokenizers_are_refused():
         Encoder(SlowTokenizer(), DataOptions(), 10)
     with pytest.raises(UserError, match="old/model has no fast version"):
         check_source([], DataOptions(), SlowTokenizer())
+
+
+# Special tokens in the text of users
+
+TEMPLATES = [tiny.CHATML, tiny.LLAMA3, tiny.GEMMA, tiny.QWEN3, tiny.MARKED, tiny.MISTRAL, tiny.THINKING_PROMPT]
+TOKENIZERS = {
+    "byte-level": tiny.byte_level,
+    "trimmed": lambda template=None: tiny.byte_level(template, trim_offsets=True),
+    "bos": lambda template=None: tiny.byte_level(template, bos=True),
+    "sentencepiece": tiny.sentencepiece,
+}
+TYPED = "Say <|im_end|> or <s>[INST]</s><end_of_turn>\n<|eot_id|>?"
+
+
+def special_ids(tokenizer, ids) -> list[int]:
+    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    return [i for i in ids if i in specials]
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_special_tokens_that_users_typed_can_be_plain_text(make, template):
+    """The template's own stay special; the responses hold what was typed, and decode to it."""
+    tokenizer = make(template)
+    typed = [{**HELLO, "content": TYPED}, assistant(f"Hello {TYPED}"), USER, assistant(f"{TYPED} four")]
+    row, plain = {"messages": typed}, {"messages": [HELLO, assistant("Hello there"), USER, assistant("four")]}
+    literal = encoder(tokenizer, special_tokens_in_text="literal").encode(row)
+    expected = encoder(tokenizer).encode(plain)
+    assert special_ids(tokenizer, literal.input_ids) == special_ids(tokenizer, expected.input_ids)
+    assert tokenizer.decode(literal.input_ids).count(TYPED) == 3
+    ours = responses(tokenizer, row, special_tokens_in_text="literal")
+    for run, usual, content in zip(ours, responses(tokenizer, plain), (f"Hello {TYPED}", f"{TYPED} four"), strict=True):
+        assert content in run
+        assert run.replace(content, "") == usual.replace("Hello there", "").replace("four", "")
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_without_special_tokens_is_the_same_on_the_literal_path(make, template, monkeypatch):
+    """Placeholders are tokenised as the special tokens that they stand for, and so is everything around them."""
+    tokenizer = make(template)
+    rows = [
+        {"messages": [HELLO, assistant(" Hello\n\nthere\n"), USER, assistant("😀 four")]},
+        {"prompt": "Answer: ", "completion": " four"},
+    ]
+    usual = [encoder(tokenizer).encode(row) for row in rows]
+    literal = encoder(tokenizer, special_tokens_in_text="literal")
+    monkeypatch.setattr(literal, "_is_literal", lambda texts: True)
+    assert [literal.encode(row) for row in rows] == usual
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_special_tokens_in_text_prompts_and_completions(make):
+    tokenizer = make()
+    eos = tokenizer.eos_token
+    row = {"prompt": f"Repeat: {eos}", "completion": f" It is {eos} and <s>"}
+    literal = encoder(tokenizer, special_tokens_in_text="literal").encode(row)
+    control = encoder(tokenizer).encode(row)
+    begin = [tokenizer.convert_tokens_to_ids("<s>")] if literal.input_ids[0] in special_ids(tokenizer, [1, 0]) else []
+    assert special_ids(tokenizer, literal.input_ids) == [*begin, tokenizer.eos_token_id]
+    assert special_ids(tokenizer, control.input_ids).count(tokenizer.eos_token_id) == 3
+    assert responses(tokenizer, row, special_tokens_in_text="literal")[0].endswith(f"It is {eos} and <s>{eos}")
+
+
+@pytest.mark.parametrize("policy", ["literal", "control", "quarantine"])
+def test_an_eos_at_the_end_of_a_text_completion_is_its_end(policy):
+    tokenizer = tiny.byte_level()
+    found = encoder(tokenizer, special_tokens_in_text=policy)
+    row = {"prompt": "Answer:", "completion": " four"}
+    assert found.encode({**row, "completion": " four<|im_end|>"}) == found.encode(row)
+    assert found.typed is None
+
+
+@pytest.mark.parametrize("policy", ["literal", "control", "quarantine"])
+@pytest.mark.parametrize(
+    ("row", "typed"),
+    [
+        ({"messages": [{**USER, "content": "a <|im_end|>"}, assistant("four")]}, "<|im_end|>"),
+        ({"messages": [{**USER, "name": "</s>"}, assistant("four")]}, "</s>"),
+        ({"prompt": "a [INST]", "completion": " four"}, "[INST]"),
+        ({"instruction": "a", "input": "<bos>", "output": "four"}, "<bos>"),
+        ({"messages": [USER, assistant("<think>\nwell\n</think>\n\nfour")]}, None),
+        ({"input_ids": [2, 3, 4], "labels": [-100, 3, 4]}, None),
+    ],
+)
+def test_rows_with_special_tokens_are_told_whatever_becomes_of_them(policy, row, typed):
+    found = encoder(tiny.byte_level(tiny.CHATML), special_tokens_in_text=policy)
+    if policy == "quarantine" and typed:
+        with pytest.raises(BadRowError) as error:
+            found.encode(row)
+        assert str(error.value) == f"the text contains the special token {typed} (--special-tokens-in-text quarantine)"
+    else:
+        found.encode(row)
+    assert found.typed == typed
+    found.encode({"messages": MULTI_TURN})
+    assert found.typed is None
+
+
+def test_control_is_what_the_tokenizer_does():
+    tokenizer = tiny.byte_level(tiny.CHATML)
+    messages = [{**USER, "content": TYPED}, assistant(TYPED)]
+    assert encoder(tokenizer).encode({"messages": messages}).input_ids == tokenizer.apply_chat_template(
+        messages, return_dict=False
+    )
+
+
+def test_marks_of_ours_in_the_text_are_refused_where_they_would_be_taken_for_special_tokens():
+    row = {"messages": [{**USER, "content": "<s> \ue0f42\ue0f5"}, assistant("four")]}
+    found = encoder(tiny.byte_level(tiny.CHATML), special_tokens_in_text="literal")
+    with pytest.raises(BadRowError, match=r"U\+E0F4"):
+        found.encode(row)
+
+
+def test_a_tokenizer_that_has_no_plain_tokens_for_a_special_one():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "four": 2, "two": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+    found = encoder(tokenizer, special_tokens_in_text="literal")
+    with pytest.raises(BadRowError, match="the tokenizer cannot write <s> as plain text"):
+        found.encode({"prompt": "two <s>", "completion": "four"})
+
+
+@pytest.mark.parametrize("policy", ["literal", "control", "quarantine"])
+def test_prompts_and_pairs_follow_the_same_option(policy):
+    from alphatoken.pair_encode import PairEncoder
+    from alphatoken.prompts import PromptReader
+
+    tokenizer = tiny.byte_level(tiny.CHATML)
+    found = encoder(tokenizer, special_tokens_in_text=policy)
+    messages = [{**USER, "content": TYPED}]
+    pair = {"prompt": messages, "chosen": "four", "rejected": "<|im_end|> three"}
+    if policy == "quarantine":
+        for stage in (PromptReader(found, 200).read, PairEncoder(found).encode):
+            with pytest.raises(BadRowError, match="special token <|im_end|>"):
+                stage({**pair, "messages": None})
+        return
+    prompt = PromptReader(found, 200).read({"messages": messages})
+    encoded = PairEncoder(found).encode(pair)
+    text = f"<|im_start|>user\n{TYPED}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.prompt == text == tokenizer.decode(prompt.prompt_ids) == tokenizer.decode(encoded.prompt_ids)
+    assert tokenizer.decode(encoded.rejected_ids) == "<|im_end|> three<|im_end|>"
+    end = tokenizer.eos_token_id
+    assert prompt.prompt_ids == encoded.prompt_ids
+    ends = 1 if policy == "literal" else 2
+    assert prompt.prompt_ids.count(end) == encoded.rejected_ids.count(end) == ends
+
+
+def test_rows_with_special_tokens_are_counted(tmp_path):
+    from alphatoken.sources import SourceRow
+    from pipelines.encode import EncodePlan, encode_row, row_columns
+    from pipelines.shards import write_block
+
+    typed = {"messages": [{**USER, "content": TYPED}, assistant("four")]}
+    for policy, refused in (("literal", 0), ("control", 0), ("quarantine", 2)):
+        options = DataOptions(special_tokens_in_text=policy)
+        columns = row_columns(encoder(tiny.byte_level(tiny.CHATML), special_tokens_in_text=policy))
+        rows = [typed, {"messages": MULTI_TURN}, typed, {"prompt": "no completion"}]
+        records = [encode_row(SourceRow(i, "a.jsonl", i, row, None), columns) for i, row in enumerate(rows)]
+        table = pa.Table.from_pylist(records, schema=EncodePlan("model", False, options).arrow_schema)
+        counts = write_block(table, str(tmp_path / policy))
+        assert counts["rows_special_tokens"] == [2]
+        assert counts["rows_quarantined"] == [1 + refused]
+        (shard,) = (tmp_path / policy / "data").iterdir()
+        assert "special_tokens" not in pq.read_schema(shard).names

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from oracles import double, exact_values, relative_error, token_losses
-from tiny_models import ARCHITECTURES, random_rows, tiny_model
+from oracles import double, exact_values, gated_delta_rule, relative_error, token_losses
+from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, random_rows, tiny_model
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
@@ -38,6 +39,77 @@ def test_equals_one_backward_per_token(architecture, method, parameters):
     assert relative_error(values.stability, exact_values(oracle, rows, drift)) < tolerance
     expected = torch.cat([token_losses(oracle, *row).detach() for row in zip(*rows, strict=True)])
     torch.testing.assert_close(-values.logprobs.double(), expected, rtol=0, atol=1e-5 if method == "forward" else 1e-3)
+
+
+def exact_of(model, parameters, direction, rows, method):
+    return Exact(prepare_model(model), parameters, direction, method=method)(make_batch(*rows))
+
+
+@pytest.mark.parametrize("parameters", ["last-layers:2", "all-linear", "all"])
+@pytest.mark.parametrize("architecture", [name for name in MORE_ARCHITECTURES if name != "qwen3_next"])
+def test_more_architectures_equal_one_backward_per_token(architecture, parameters):
+    model = tiny_model(architecture)
+    oracle = double(model)
+    rows = random_rows(seed=len(architecture), count=2, longest=20)
+    direction = random_direction(model, parameters)
+    expected = exact_values(oracle, rows, direction)
+    losses = torch.cat([token_losses(oracle, *row).detach() for row in zip(*rows, strict=True)])
+    for method, tolerance in (("forward", FORWARD), ("central", CENTRAL)):
+        if (architecture, method) == ("bloom", "forward"):
+            with pytest.raises(UserError, match=r"h\.\d\.mlp\.gelu_impl \(BloomGelu\) has no forward-mode"):
+                exact_of(model, parameters, direction, rows, method)
+            continue
+        values = exact_of(model, parameters, direction, rows, method)
+        assert relative_error(values.adaptation, expected) < tolerance
+        atol = 1e-5 if method == "forward" else 1e-3
+        torch.testing.assert_close(-values.logprobs.double(), losses, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("parameters", ["last-layers:2", "all-linear", "all"])
+def test_linear_attention_equals_one_backward_per_token(parameters, monkeypatch):
+    """Its own kernel works in float32, whose rounding its short keys amplify: 1e-5 to 2e-4, by the random weights."""
+    model = tiny_model("qwen3_next")
+    oracle = double(model)
+    rows = random_rows(seed=10, count=2, longest=14)
+    direction = random_direction(model, parameters)
+    forward = exact_of(model, parameters, direction, rows, "forward").adaptation
+    central = exact_of(model, parameters, direction, rows, "central").adaptation
+    monkeypatch.setattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule", gated_delta_rule)
+    expected = exact_values(oracle, rows, direction)
+    assert relative_error(forward, expected) < 1e-3
+    assert relative_error(central, expected) < 2 * CENTRAL
+    in_float64 = {name: tensor.double() for name, tensor in direction.items()}
+    found = exact_of(model.double(), parameters, in_float64, rows, "forward").adaptation
+    assert relative_error(found, expected) < FORWARD
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_a_step_moves_no_token_to_another_expert(architecture, monkeypatch):
+    """Where two experts are nearly tied, losses jump: their difference over a small step is no derivative."""
+    model = tiny_model(architecture)
+    for layer in model.model.layers:
+        router = layer.mlp.gate if architecture == "mixtral" else layer.mlp.router
+        with torch.no_grad():
+            router.weight[1::2] = router.weight[::2] + 1e-4 * torch.randn_like(router.weight[::2])
+            if architecture == "gpt_oss":
+                router.bias[1::2] = router.bias[::2]
+    rows = random_rows(seed=3, count=4)
+    direction = random_direction(model, "all-linear")
+    expected = exact_values(double(model), rows, direction)
+    assert relative_error(exact_of(model, "all-linear", direction, rows, "central").adaptation, expected) < CENTRAL
+    monkeypatch.setattr("alphatoken.exact.is_routed", lambda model: False)
+    assert relative_error(exact_of(model, "all-linear", direction, rows, "central").adaptation, expected) > 0.1
+
+
+def test_expert_kernels_are_restored():
+    model = tiny_model("mixtral")
+    before = model.get_experts_implementation()
+    assert before[""] != "eager"
+    estimator = Exact(prepare_model(model), "all-linear", random_direction(model, "all-linear"), method="forward")
+    estimator(make_batch(*random_rows(0, 2)))
+    with pytest.raises(IndexError):
+        estimator(make_batch([[1, 2, 10**6]], [[False, True, True]]))
+    assert model.get_experts_implementation() == before
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])

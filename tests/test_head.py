@@ -11,7 +11,7 @@ from alphatoken.errors import UserError
 from alphatoken.model import prepare_model
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "granite"])
 @pytest.mark.parametrize("chunk", [VOCABULARY * 3, 2**24])
 def test_losses_gradients_and_entropy(architecture, chunk, monkeypatch):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
@@ -21,7 +21,7 @@ def test_losses_gradients_and_entropy(architecture, chunk, monkeypatch):
     hidden = torch.randn(10, projection.in_features)
     targets = torch.randint(0, VOCABULARY, (10,))
     leaf = hidden.double().requires_grad_()
-    logits = projection(leaf)
+    logits = projection(leaf) / getattr(scoring.model.config, "logits_scaling", 1.0)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = F.cross_entropy(logits, targets, reduction="none")
     weight = torch.rand(10)

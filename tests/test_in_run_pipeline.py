@@ -48,6 +48,7 @@ def test_workers_change_neither_masks_nor_gradient(local_ray, tmp_path, inputs):
     hand_written.assert_same_gradient(*steps)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_dpo_from_a_folder_of_pairs(local_ray, tmp_path, inputs):
     rows = [row | {"ref_chosen_logps": -20.0, "ref_rejected_logps": -20.0} for row in pair_rows(4)]

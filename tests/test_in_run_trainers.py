@@ -21,6 +21,7 @@ from pipelines.in_run_refresh import InRunPlan
 from pipelines.train_data import DPOCollator, SFTCollator
 from tests import hand_written
 from tests.masked_folder import SIDES, pair_rows, sft_rows
+from tests.test_suspects import slow_bounds
 from tests.test_trainers import BETA, PAD, TOKENIZER, options, small_model, step
 
 KEEP = 0.6
@@ -104,6 +105,8 @@ def test_sft_step(tmp_path, estimator, batch, accumulation, normalize):
 def test_sft_step_within_bounds(tmp_path, monkeypatch, rule, batch, accumulation):
     """Bounds from losses one row and one token at a time; whole rows go too."""
     monkeypatch.setattr("alphatoken.suspects.FEWEST_TOKENS", 3)
+    monkeypatch.setattr("alphatoken.suspects.QUANTILES", (0.5, 0.9))
+    monkeypatch.setattr("alphatoken.suspects.LEAST_EXCESS", -1.0)  # random models: nothing is in excess of anything
     monkeypatch.setattr("alphatoken.suspects.ROW_WIDTH", 0.2)
     model = small_model()
     rows = [{name: row[name] for name in ("input_ids", "response_mask")} for row in sft_rows(8)]
@@ -117,10 +120,9 @@ def test_sft_step_within_bounds(tmp_path, monkeypatch, rule, batch, accumulation
         return [(row["input_ids"][i], -float(logprobs[i - 1, row["input_ids"][i]])) for i in inside]
 
     known = [losses_of(row) for row in held_out]
-    limits = {}
-    for number in (0, 1):
-        mine = [loss for row in known for token, loss in row if token % 2 == number]
-        limits[number] = np.quantile(mine, 0.9) if len(mine) >= 3 else np.inf
+    by_class = [[(token % 2, loss) for row in part for token, loss in row] for part in (known, map(losses_of, rows))]
+    limits = slow_bounds(*by_class, 2)
+    assert np.isfinite(limits).any()
     means = [np.mean([loss for _, loss in row]) for row in known]
     row_limit = np.mean(means) + 0.2 * np.std(means, ddof=1)
     values = offline_values(model, "exact", *([row[name] for row in rows] for name in rows[0]))

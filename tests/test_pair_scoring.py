@@ -164,6 +164,50 @@ def test_a_branch_that_is_not_finite_fails_its_pair_alone(models, bad):
     assert failures == {0: NOT_FINITE}  # row id 10: branches 20 and 21
 
 
+class Failing:
+    """Raises for chosen branches, and above a number of positions."""
+
+    def __init__(self, policy, error, bad=(), most=10**9):
+        self.error, self.bad, self.most, self.loss = error, set(bad), most, Baseline(policy, "loss")
+
+    def __call__(self, batch):
+        if batch.input_ids.numel() > self.most or self.bad & set(batch.row_ids.tolist()):
+            raise self.error
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("bad", [[22], [23], [22, 23]])  # row id 11: branches 22 and 23
+def test_a_branch_that_cannot_be_computed_fails_its_pair_alone(models, bad):
+    (policy, reference), _ = models
+    pairs = random_pairs(1, 4)
+    found, failures = score(Failing(policy, KeyError("x"), bad), policy, reference, pairs, batch_tokens=10**6)
+    assert failures == {1: "the computation of this row failed (KeyError: 'x')"}
+    expected, _ = score(Baseline(policy, "loss"), policy, reference, pairs, batch_tokens=10**6)
+    for i in (0, 2, 3):
+        np.testing.assert_allclose(found[i]["chosen_logprobs"], expected[i]["chosen_logprobs"], rtol=1e-4)
+        assert found[i]["omega"] == pytest.approx(expected[i]["omega"], rel=1e-4)
+
+
+def test_pairs_that_do_not_fit_together(models):
+    (policy, reference), _ = models
+    pairs = random_pairs(1, 6)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    lengths = [len(pair["prompt_ids"]) + max(len(pair[f"{b}_ids"]) for b in BRANCHES) for pair in pairs]
+    most = sorted(lengths)[-2]
+    found, failures = score(Failing(policy, error, most=most), policy, reference, pairs, batch_tokens=10**6)
+    assert set(failures) == {i for i, length in enumerate(lengths) if length > most}
+    assert all("out of memory with this row alone" in reason for reason in failures.values())
+    assert len(found) == 6 and all(np.isfinite(row["omega"]) for row in found)
+
+
+def test_one_bad_pair_alone_in_its_block_is_no_wrong_set_up(models):
+    (policy, reference), _ = models
+    (pair,) = random_pairs(1, 1)
+    assert set(score(Failing(policy, KeyError("x"), most=2), policy, reference, [pair])[1]) == {0}
+    with pytest.raises(KeyError):
+        score(Failing(policy, KeyError("x"), most=2), policy, reference, random_pairs(1, 2))
+
+
 def test_no_pairs_at_all(models):
     (policy, _), _ = models
     assert score(Baseline(policy, "loss"), policy, None, [])[0] == []

@@ -225,7 +225,7 @@ def assert_plain_logprobs(model: str, rows: list[dict]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", [pytest.param("sft", marks=pytest.mark.full), "dpo"])
 def test_pairs_are_scored_masked_and_trained_on(generated, tiny_checkpoint, tmp_path, objective):
     pair(generated[0].output, tmp_path / "pairs", judge="reference")
     validation = tmp_path / "validation.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import string
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +20,13 @@ from alphatoken.losses import dpo_omega
 from alphatoken.model import load_model
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Window
-from alphatoken.suspects import Bounds, token_losses, validation_losses
+from alphatoken.suspects import Bounds, TokenLosses, token_losses, validation_losses
 from alphatoken.token_classes import class_of_ids
+from alphatoken.tokenizer import load_tokenizer
 from pipelines.live_values import validation_batches
 from pipelines.rounds import make_schedule, run_rounds
 from pipelines.train import read_metrics
-from tests.rounds_runs import WORDS, config_of, make_inputs, use_one_thread, windows_of
+from tests.rounds_runs import WORDS, config_of, make_inputs, use_one_thread, weights_at, windows_of
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.full), True])
 def test_two_actors(local_ray, tmp_path, inputs, overlap):
     oldest = 5 if overlap else 2
     config = config_of(inputs, tmp_path / "out", overlap=overlap, num_actors=2, max_staleness=oldest)
@@ -63,13 +65,10 @@ def test_two_actors(local_ray, tmp_path, inputs, overlap):
 @pytest.mark.slow
 def test_values_are_those_of_the_weights_at_the_window(local_ray, tmp_path, inputs):
     """The first window's values, from the checkpoint that plain steps led to, by the library alone."""
-    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32"}
+    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32", "save_steps": 2}
     config = config_of(inputs, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
     run_rounds(config)
-    plain = config_of(inputs, tmp_path / "plain", **shared, max_steps=2, refresh_every=2)
-    run_rounds(plain)
-    assert not Path(plain.output, "windows").exists()
-    scoring = load_model(f"{plain.output}/model", "float32")
+    scoring = load_model(weights_at(config.output, 2), "float32")
     shards = storage.list_shards(f"{config.output}/encoded")
     encoded = pa.concat_tables(map(storage.read_table, shards)).to_pylist()
     validation = validation_batches(config, torch.device("cpu"))
@@ -85,45 +84,57 @@ def test_values_are_those_of_the_weights_at_the_window(local_ray, tmp_path, inpu
         assert (stored - found).abs().max() < 1e-2 * found.abs().max()
 
 
+def write_easy_rows(path: Path, inputs: dict) -> str:
+    """Validation rows, most of them of letters that the random model expects: words then surprise it more."""
+    scoring, tokenizer = load_model(inputs["model"], "float32"), load_tokenizer(inputs["model"])
+    with torch.no_grad():
+        logits = scoring.model(input_ids=torch.tensor([tokenizer(" ".join(WORDS))["input_ids"]])).logits[0]
+    likely = logits.log_softmax(-1).mean(0)
+    letters = sorted(string.ascii_letters, key=lambda letter: -likely[tokenizer(letter)["input_ids"][-1]])
+    rows = [json.loads(line) for line in Path(inputs["validation"][0]).read_text().splitlines()]
+    for row in rows[1:]:
+        row["completion"] = " " + 10 * "".join(letters[:3])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["suspect", "surprising"])
+@pytest.mark.parametrize("rule", ["suspect", pytest.param("surprising", marks=pytest.mark.full)])
 def test_suspect_tokens_and_rows_are_left_out(local_ray, tmp_path, inputs, rule):
     """The first window's masks are those of the library at the weights that plain steps led to."""
-    data = tmp_path / "data.jsonl"  # one row that no validation row is like
-    odd = json.dumps({"id": "odd", "prompt": "one two", "completion": " zzqj xw ##!! 0931 {{}}"})
-    data.write_text("\n".join([*Path(inputs["data"][0]).read_text().splitlines()[:15], odd]) + "\n")
-    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32", "rule": rule}
-    own = inputs | {"data": [str(data)]}
-    config = config_of(own, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
+    shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32", "save_steps": 2}
+    own = inputs | {"validation": [write_easy_rows(tmp_path / "validation.jsonl", inputs)]}
+    config = config_of(own, tmp_path / "out", **shared, rule=rule, max_steps=4, refresh_every=2)
     manifest = run_rounds(config)
-    assert manifest["rounds"]["kept_fraction"] < 1
-    run_rounds(plain := config_of(own, tmp_path / "plain", **shared, max_steps=2, refresh_every=2))
-    scoring = load_model(f"{plain.output}/model", "float32")
+    scoring = load_model(weights_at(config.output, 2), "float32")
     validation = validation_batches(config, torch.device("cpu"))
     class_of = torch.from_numpy(class_of_ids(config.model))
-    bounds = Bounds.of(validation_losses(scoring, validation, class_of))
+    known = validation_losses(scoring, validation, class_of)
     direction = mean_gradient(scoring, validation, GradientOptions("all-linear")).tensors
     estimator = Exact(scoring, "all-linear", direction, method="forward")
     ((summary, table),) = windows_of(config.output)
     assert summary["counts"]["rows_in"] == 8
+    dropped = summary["counts"]["rows_dropped_sequences"]
+    assert dropped == manifest["rounds"]["rows_dropped_sequences"] > 0 and table.num_rows == 8 - dropped
     stays = {row["row_index"]: row for row in table.to_pylist()}
     encoded = storage.read_table(storage.list_shards(f"{config.output}/encoded")[0]).to_pylist()
-    rows, _ = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=16))).rows_of(
+    rows, _ = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30))).rows_of(
         Window(2, 4, 2)
     )
-    for index in rows.tolist():
-        row = encoded[index]
-        batch = make_batch([row["input_ids"]], [row["response_mask"]])
-        found = estimator(batch)
-        values = found.adaptation.numpy() if rule == "suspect" else None
-        keep = bounds.keep(token_losses(batch, -found.logprobs, class_of), values)
+    batches = [make_batch([encoded[i]["input_ids"]], [encoded[i]["response_mask"]]) for i in rows.tolist()]
+    found = [estimator(batch) for batch in batches]
+    judged = [token_losses(batch, -values.logprobs, class_of) for batch, values in zip(batches, found, strict=True)]
+    bounds = Bounds.of(known, TokenLosses.joined(judged))
+    for index, values, losses in zip(rows.tolist(), found, judged, strict=True):
+        keep = bounds.keep(losses, values.adaptation.numpy() if rule == "suspect" else None)
         if not keep.any():
             assert index not in stays
             continue
-        labels = np.array(stays[index]["labels"])[np.array(row["response_mask"])]
+        labels = np.array(stays[index]["labels"])[np.array(encoded[index]["response_mask"])]
         assert ((labels >= 0) == keep).all()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_lora(local_ray, tmp_path, inputs):
     config = config_of(inputs, tmp_path / "out", lora_rank=2, preconditioner="none", max_steps=5)
@@ -150,6 +161,7 @@ def test_what_does_not_fit_is_refused():
             RoundsConfig(**(base | settings))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_without_a_rule_every_token_is_trained_on(local_ray, tmp_path, inputs, caplog):
     config = config_of(inputs, tmp_path / "out", rule="none", max_steps=4)
@@ -158,9 +170,10 @@ def test_without_a_rule_every_token_is_trained_on(local_ray, tmp_path, inputs, c
     assert manifest["counts"]["steps"] == 4 and manifest["rounds"]["windows"] == 0
 
 
-def test_no_rule_is_the_default():
+def test_the_default_rule():
     base = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"]}
-    assert RoundsConfig(**base).rule == "none" == RoundsConfig(**base, objective="dpo").rule
+    assert RoundsConfig(**base).rule == "suspect"
+    assert RoundsConfig(**base, objective="dpo").rule == "none"
     for settings in ({"keep_fraction": 0.7}, {"scope": "sequence"}, {"preset": "paper"}):
         assert RoundsConfig(**base, **settings).rule == "share"
     assert RoundsConfig(**base, keep_fraction=0.7, rule="surprising").rule == "surprising"
@@ -187,6 +200,7 @@ def test_dpo(local_ray, tmp_path, inputs):
     """Values of pairs have DPO's sign and weight: the library's own, at the weights of the window."""
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     shared = {"objective": "dpo", "preconditioner": "none", "optimizer": "sgd", "per_device_batch_size": 2}
+    shared |= {"save_steps": 2}
     config = config_of(inputs | {"data": [data]}, tmp_path / "out", **shared, max_steps=4, refresh_every=2)
     manifest = run_rounds(config)
     assert manifest["rounds"]["windows"] == 1 and manifest["rounds"]["kept_fraction"] < 1
@@ -194,9 +208,7 @@ def test_dpo(local_ray, tmp_path, inputs):
     for name in ("chosen", "rejected"):
         kept = [sum(mask) for mask in table[f"{name}_mask"].to_pylist()]
         assert all(kept) and sum(kept) < sum(map(len, table[f"{name}_ids"].to_pylist()))
-    plain = config_of(inputs | {"data": [data]}, tmp_path / "plain", **shared, max_steps=2, refresh_every=2)
-    run_rounds(plain)
-    policy, reference = load_model(f"{plain.output}/model", "float32"), load_model(config.model, "float32")
+    policy, reference = (load_model(name, "float32") for name in (weights_at(config.output, 2), config.model))
     direction = mean_gradient(
         policy, validation_batches(config, torch.device("cpu")), GradientOptions("all-linear")
     ).tensors
@@ -215,6 +227,7 @@ def test_dpo(local_ray, tmp_path, inputs):
             assert (torch.tensor(row[f"{name}_adaptation"]) - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_dpo_on_pairs_generated_for_each_window(local_ray, tmp_path, inputs):
     """Plain windows too: from the first step on, pairs are those of the weights of the moment."""

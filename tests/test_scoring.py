@@ -2,14 +2,16 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from tiny_models import random_rows, tiny_model
 
 from alphatoken import schema
 from alphatoken.baselines import Baseline
 from alphatoken.batching import make_batch
+from alphatoken.errors import UserError
 from alphatoken.model import prepare_model
-from alphatoken.scoring import NOT_FINITE, score_table
+from alphatoken.scoring import NOT_FINITE, is_out_of_memory, score_table
 from alphatoken.values import TokenValues
 
 CPU = torch.device("cpu")
@@ -72,3 +74,105 @@ def test_no_rows_give_no_rows():
     estimator = Baseline(prepare_model(tiny_model("llama")), "random")
     table, failures, computed = score_table(encoded([], []), estimator, 64, CPU)
     assert table.schema.equals(schema.SCORED) and table.num_rows == 0 and not failures and computed == 0
+
+
+# What cannot be computed
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("MPS backend out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+class Failing:
+    """An estimator that raises for chosen rows, and above a number of positions; it counts its calls."""
+
+    def __init__(self, error=None, bad=(), most=10**9):
+        self.error, self.bad, self.most, self.calls = error, set(bad), most, 0
+        self.baseline = Baseline(prepare_model(tiny_model("llama")), "loss")
+
+    def __call__(self, batch):
+        self.calls += 1
+        if batch.input_ids.numel() > self.most or self.bad & set(batch.row_ids.tolist()):
+            raise self.error
+        return self.baseline(batch)
+
+
+def adaptation(table: pa.Table) -> list:
+    return table["adaptation"].to_pylist()
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_its_values_are_the_same(error):
+    ids, masks = random_rows(5, 12)
+    most = 2 * max(map(len, ids))
+    estimator = Failing(error, most=most)
+    expected, _, _ = score_table(encoded(ids, masks), estimator.baseline, 10**6, CPU)
+    table, failures, computed = score_table(encoded(ids, masks), estimator, 10**6, CPU)
+    assert is_out_of_memory(error) and not failures
+    assert sum(map(len, ids)) <= computed <= 12 * most  # attempts in vain do not count
+    for ours, theirs in zip(adaptation(table), adaptation(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_too_long_for_the_memory_is_put_aside():
+    ids, masks = random_rows(5, 8)
+    longest = max(range(8), key=lambda i: len(ids[i]))
+    most = max(len(row) for i, row in enumerate(ids) if i != longest)
+    table, failures, _ = score_table(encoded(ids, masks), Failing(OUT_OF_MEMORY[0], most=most), 10**6, CPU)
+    assert list(failures) == [i for i, row in enumerate(ids) if len(row) > most]
+    assert f"out of memory with this row alone in its batch ({len(ids[longest])} tokens)" in failures[longest]
+    assert table.num_rows == 8 and not any(adaptation(table)[longest])
+
+
+def test_a_block_of_rows_that_are_all_too_long_is_put_aside():
+    ids, masks = random_rows(5, 3)
+    _, failures, _ = score_table(encoded(ids, masks), Failing(OUT_OF_MEMORY[0], most=2), 10**6, CPU)
+    assert set(failures) == {0, 1, 2}
+
+
+def test_a_device_without_room_for_two_tokens_stops_the_run():
+    ids, masks = random_rows(5, 3)
+    with pytest.raises(UserError, match="None of 3 rows can be scored, nor two tokens alone: out of memory on cpu"):
+        score_table(encoded(ids, masks), Failing(OUT_OF_MEMORY[0], most=1), 10**6, CPU)
+
+
+def test_rows_whose_computation_fails_are_found_and_put_aside():
+    ids, masks = random_rows(5, 16)
+    estimator = Failing(IndexError("index 7 is out of range\nmore"), bad=[103, 110])
+    table, failures, _ = score_table(encoded(ids, masks), estimator, 10**6, CPU)
+    reason = "the computation of this row failed (IndexError: index 7 is out of range)"
+    assert failures == {3: reason, 10: reason}
+    assert estimator.calls < 20  # bisection, not one by one
+    expected, _, _ = score_table(encoded(ids, masks), estimator.baseline, 10**6, CPU)
+    for i, (ours, theirs) in enumerate(zip(adaptation(table), adaptation(expected), strict=True)):
+        np.testing.assert_allclose(ours, np.zeros(len(ours)) if i in failures else theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_of_every_row_is_an_error():
+    ids, masks = random_rows(5, 4)
+    with pytest.raises(TypeError, match="wrong set-up") as found:
+        score_table(encoded(ids, masks), Failing(TypeError("wrong set-up"), most=2), 10**6, CPU)
+    assert "Every one of 4 rows failed like this" in found.value.__notes__[0]
+
+
+def test_a_block_of_one_bad_row_is_put_aside_only_if_two_tokens_can_be_computed():
+    ids, masks = random_rows(5, 1)
+    _, failures, _ = score_table(encoded(ids, masks), Failing(ValueError("this row"), most=2), 64, CPU)
+    assert failures == {0: "the computation of this row failed (ValueError: this row)"}
+    with pytest.raises(ValueError, match="everything"):
+        score_table(encoded(ids, masks), Failing(ValueError("everything"), most=0), 64, CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("the model has another vocabulary"), RuntimeError("CUDA error: device-side assert triggered")],
+)
+def test_errors_that_no_smaller_batch_can_help_are_raised_at_once(error):
+    ids, masks = random_rows(5, 6)
+    estimator = Failing(error, bad=[100])
+    with pytest.raises(type(error), match=str(error)):
+        score_table(encoded(ids, masks), estimator, 10**6, CPU)
+    assert estimator.calls == 1

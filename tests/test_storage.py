@@ -1,10 +1,16 @@
+import errno
 import os
+from collections import Counter
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from alphatoken import storage
+from alphatoken import retries, storage
 from alphatoken.errors import UserError
+from alphatoken.run_folder import RunFolder, row_id_runs
 
 TABLE = pa.table({"row_id": pa.array([1, 2], pa.int64()), "x": pa.array([[1.0], []], pa.list_(pa.float32()))})
 
@@ -85,3 +91,149 @@ def test_join_and_places(tmp_path, monkeypatch):
     assert not storage.same_place("x", "memory://x")
     assert storage.absolute("x") == str(tmp_path / "x")
     assert storage.absolute("memory://x") == "memory://x"
+
+
+# Storage that fails now and then
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Every kind of operation fails `failures` times in a row before it succeeds once."""
+
+    protocol = "flaky"
+    store: dict = {}
+    pseudo_dirs = [""]
+    error: Exception | None = None
+    failures = 0
+    failed: Counter = Counter()
+    broken: set[str] = set()  # kinds that never succeed
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def _maybe_fail(self, kind):
+        if self.error and (kind in self.broken or self.failed[kind] < self.failures):
+            self.failed[kind] += 1
+            raise self.error
+        self.failed[kind] = 0
+
+
+def _flaky(name):
+    def operation(self, *args, **kwargs):
+        self._maybe_fail(name)
+        return getattr(MemoryFileSystem, name)(self, *args, **kwargs)
+
+    return operation
+
+
+for _name in ("cat_file", "pipe_file", "_open", "mv", "rm_file", "rm", "info", "ls"):
+    setattr(FlakyFileSystem, _name, _flaky(_name))
+
+
+@pytest.fixture(params=[True, False], ids=["object-store", "renames"])
+def flaky(request, monkeypatch):
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    waits: list[int] = []
+    monkeypatch.setattr(retries, "wait", waits.append)
+    if request.param:
+        monkeypatch.setattr(storage, "OBJECT_STORES", storage.OBJECT_STORES | {"flaky"})
+    fs = fsspec.filesystem("flaky")
+    fs.waits = waits
+    yield fs
+    fs.store.clear()
+    fs.failed.clear()
+    fs.error, fs.failures = None, 0
+    fs.broken = set()
+
+
+class ServerDisconnectedError(Exception):
+    """As aiohttp raises it."""
+
+
+class HttpError(Exception):
+    """As gcsfs raises it."""
+
+    def __init__(self, code):
+        super().__init__(f"status {code}")
+        self.code = code
+
+
+PASSING = [ConnectionResetError("reset"), TimeoutError("too slow"), OSError(errno.EBUSY, "slow down"), HttpError(503),
+           OSError(errno.EIO, "internal error"), ServerDisconnectedError("gone"), OSError(errno.ESTALE, "stale"),
+           fsspec.exceptions.FSTimeoutError()]  # fmt: skip
+STAYING = [FileNotFoundError(errno.ENOENT, "no"), PermissionError(errno.EACCES, "no"), OSError("broken"), ValueError(),
+           IsADirectoryError(errno.EISDIR, "no"), OSError(errno.ENAMETOOLONG, "no"), HttpError(403)]  # fmt: skip
+
+
+def test_which_failures_may_pass():
+    assert all(map(retries.is_transient, PASSING))
+    assert not any(map(retries.is_transient, [*STAYING, OSError(errno.ENOSPC, "full")]))
+
+
+def test_everything_works_on_storage_that_fails_now_and_then(flaky):
+    flaky.error, flaky.failures = ConnectionResetError("reset"), 1  # of each kind: several in one attempt add up
+    root = "flaky://bucket"
+    storage.write_table(TABLE, storage.join(root, "data", "train-1.parquet"))
+    storage.write_json({"a": 1}, storage.join(root, "a.json"))
+    storage.write_json({"a": 2}, storage.join(root, "a.json"))
+    assert storage.read_table(storage.join(root, "data", "train-1.parquet")).equals(TABLE)
+    assert storage.read_schema(storage.join(root, "data", "train-1.parquet")) == TABLE.schema
+    assert storage.count_rows(storage.join(root, "data", "train-1.parquet")) == 2
+    assert storage.read_json(storage.join(root, "a.json")) == {"a": 2}
+    assert storage.read_json_files([storage.join(root, "a.json")]) == [{"a": 2}]
+    assert storage.list_names(root) == ["a.json", "data"]
+    assert storage.exists(storage.join(root, "a.json")) and not storage.exists(storage.join(root, "b.json"))
+    storage.remove_file(storage.join(root, "a.json"))
+    assert not storage.exists(storage.join(root, "a.json"))
+    storage.remove_tree(root)
+    assert not storage.exists(root)
+    assert flaky.waits and set(flaky.waits) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_storage_that_stays_away_is_one_sentence_after_few_attempts(flaky, error):
+    flaky.error, flaky.broken = error, {"pipe_file", "_open", "info"}
+    with pytest.raises(UserError, match=r"flaky://x/a.json: the storage failed 4 times \(.+\).*it resumes"):
+        storage.write_json(1, "flaky://x/a.json")
+    assert flaky.waits == [1, 2, 3]
+    with pytest.raises(UserError, match="the storage failed 4 times"):  # not: there is no such file
+        storage.exists("flaky://x/a.json")
+
+
+@pytest.mark.parametrize("error", STAYING, ids=repr)
+def test_what_another_attempt_cannot_change_is_not_repeated(flaky, error):
+    flaky.error, flaky.broken = error, {"pipe_file", "_open"}
+    with pytest.raises(type(error)):
+        storage.write_json(1, "flaky://x/a.json")
+    assert not flaky.waits
+
+
+def test_waits_grow(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    for attempt in (1, 2, 3):
+        retries.wait(attempt)
+    assert [0.5 <= waits[0] <= 0.75, 1 <= waits[1] <= 1.5, 2 <= waits[2] <= 3] == [True] * 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_and_the_run_resumes(tmp_path, monkeypatch, code):
+    identity = {"stage": "score"}
+    folder = RunFolder(str(tmp_path / "out"))
+
+    def write(number: int) -> None:
+        shard = pa.table({"row_id": pa.array([number], pa.int64())})
+        folder.write_shard(shard, None, {"first_row_id": number, "row_ids": row_id_runs(np.array([number]))})
+
+    assert folder.open(identity) == "new"
+    write(0)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(UserError, match=rf"train-.*: no space is left there \({os.strerror(code)}\); free"):
+        write(1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not [name for name in os.listdir(tmp_path / "out" / "data") if name.endswith(".tmp")]
+    assert folder.open(identity) == "resume"
+    assert folder.finished_row_ids() == [[0, 0]]
+    write(1)
+    assert folder.finished_row_ids() == [[0, 1]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import cross_products, double, linear_matrix, relative_error
-from tiny_models import ARCHITECTURES, random_rows, tiny_model
+from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, MORE_DENSE, random_rows, tiny_model
 
 from alphatoken.architecture import scored_linears, value_rows
 from alphatoken.batching import make_batch
@@ -22,10 +22,21 @@ def paper_direction(scoring, parameters, rows):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_cross_products(architecture, parameters):
     model = tiny_model(architecture)
+    rows = random_rows(seed=len(architecture), count=3, longest=24)
+    assert_equals_the_cross_products(model, parameters, rows, random_rows(seed=50, count=2, longest=14))
+
+
+@pytest.mark.parametrize("architecture", [*MORE_DENSE, "llama4_text"])
+def test_more_architectures_equal_the_cross_products(architecture):
+    dense = {"moe_layers": [0, 1], "no_rope_layers": [1, 1, 0, 1]} if architecture == "llama4_text" else {}
+    model = tiny_model(architecture, **dense)  # Llama-4: a layer without positions and one of chunked attention
+    validation = random_rows(seed=50, count=1, longest=12)
+    assert_equals_the_cross_products(model, "last-layers:2", random_rows(seed=7, count=2, longest=16), validation)
+
+
+def assert_equals_the_cross_products(model, parameters, rows, validation):
     oracle = double(model)
     scoring = prepare_model(model)
-    rows = random_rows(seed=len(architecture), count=3, longest=24)
-    validation = random_rows(seed=50, count=2, longest=14)
     linears = scored_linears(model, parameters)
     estimator = ValuePropagation(scoring, parameters, paper_direction(scoring, parameters, validation), window=5)
     values = estimator(make_batch(*rows))
@@ -125,6 +136,19 @@ def test_window_zero_has_no_causal_part():
     values = ValuePropagation(scoring, "last-layers:1", direction, window=0)(make_batch(*rows))
     assert not values.terms["adaptation_causal"].any()
     torch.testing.assert_close(values.adaptation, values.terms["adaptation_direct"])
+
+
+@pytest.mark.parametrize("architecture", MORE_ARCHITECTURES.keys() - MORE_DENSE.keys())
+def test_what_is_no_linear_layer_is_an_error_that_names_it(architecture):
+    named = {
+        "qwen3_next": r"linear_attn\.conv1d\.weight.*Conv1d.*mlp\.experts\.down_proj.*Qwen3NextExperts",
+        "llama4_text": r"feed_forward\.experts\.down_proj.*Llama4TextExperts",
+        "bloom": r"query_key_value",
+        "falcon": r"query_key_value",
+    }
+    message = named.get(architecture, r"mlp\.(router|gate)\.weight.*Router|mlp\.experts\.down_proj.*Experts")
+    with pytest.raises(UserError, match=message):
+        ValuePropagation(prepare_model(tiny_model(architecture)), "last-layers:2", {})
 
 
 def test_unknown_fused_layout_is_an_error_that_names_it():

@@ -38,11 +38,42 @@ ARCHITECTURES: dict[str, dict] = {
     "gpt_neox": COMMON | {"rotary_pct": 0.5},
 }
 
+# Other architectures, which do not go through every test of every feature. The dense ones have value propagation too.
+ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 4}
+MANY_EXPERTS = {"head_dim": 8, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 12}
+MORE_DENSE: dict[str, dict] = {
+    "olmo2": GROUPED,
+    "granite": GROUPED
+    | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    "smollm3": GROUPED,  # the fourth layer has no positions
+    "phi4": GROUPED | {"model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 12},
+    "gemma3_text": GROUPED
+    | {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}
+    | {"final_logit_softcapping": 5.0},
+}
+MORE_ARCHITECTURES: dict[str, dict] = MORE_DENSE | {
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": COMMON | {"alibi": True, "ffn_hidden_size": 48},
+    "mixtral": GROUPED | ROUTED | {"intermediate_size": 16},
+    "qwen3_moe": GROUPED | MANY_EXPERTS,
+    "gpt_oss": GROUPED
+    | ROUTED
+    | {"head_dim": 8, "intermediate_size": 16, "sliding_window": 6, "rope_parameters": {"rope_type": "default"}},
+    "llama4_text": GROUPED
+    | {"head_dim": 8, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 4}
+    | {"attention_chunk_size": 8, "interleave_moe_layer_step": 2, "floor_scale": 4},
+    "qwen3_next": GROUPED
+    | MANY_EXPERTS
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"shared_expert_intermediate_size": 12},
+}
+
 
 def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     """A random model with weights large enough for losses to differ by token."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[architecture](**(ARCHITECTURES[architecture] | changes))
+    settings = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture] | changes
+    config = CONFIG_MAPPING[settings.pop("model_type", architecture)](**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -29,6 +29,16 @@ PARTS = ("training", "detection", "tables")
 DETECTION = (("mixed", 0), ("tokens", 0))
 
 
+LATER = ("excess",)  # settings of a rule that came later: left out where they are None, so that older results stand
+
+
+def settings_of(study: Study, run: Run) -> dict:
+    """Everything that a result depends on, as JSON values."""
+    found = asdict(run)
+    found["rule"] = {name: value for name, value in found["rule"].items() if name not in LATER or value is not None}
+    return {"study": asdict(study), "run": found}
+
+
 def key_of(settings: dict) -> str:
     """Hash of everything that a result depends on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -58,7 +68,7 @@ class Work:
         """Every run whose file is missing."""
         todo = []
         for run in wanted:
-            settings = {"study": asdict(self.study), "run": asdict(run)}
+            settings = settings_of(self.study, run)
             path = self.output / "trained" / f"{key_of(settings)}.json"
             if not path.exists():
                 todo.append((run, settings, path))

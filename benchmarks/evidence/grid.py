@@ -21,6 +21,8 @@ SUSPECT = Rule("suspect tokens and rows", "typical", EXACT, loss_width=3.0, toke
 SURPRISING = replace(SUSPECT, name="surprising tokens and rows", signal=LOSS, suspect_value=None)
 SURPRISING_IN_RUN = replace(SURPRISING, name="surprising tokens and rows, in-run", in_run=True)
 SUSPECT_IN_RUN = replace(SUSPECT, name="suspect tokens and rows, in-run", in_run=True)
+EXCESS_RULE = replace(SUSPECT, name="suspect tokens in excess and rows", token_quantile=None, excess=0.5)
+SURPRISING_EXCESS = replace(EXCESS_RULE, name="surprising tokens in excess and rows", signal=LOSS, suspect_value=None)
 RANDOM_FIFTH = Rule("random 20%", "tokens", RANDOM)
 
 LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
@@ -32,14 +34,15 @@ def with_validation(rule: Rule) -> Rule:
 
 
 LONG = replace(FULL, steps=max(LONG_STEPS))
-RULES = [SUSPECT, SURPRISING, SURPRISING_IN_RUN]
+RULES = [EXCESS_RULE, SURPRISING_EXCESS, SUSPECT, SURPRISING, SURPRISING_IN_RUN]
 HEADLINE = {"tokens": [FULL, ORACLE, *RULES], "mixed": [FULL, ORACLE, *RULES], "clean": [FULL, *RULES]}
-CONTROLS = [*map(with_validation, (FULL, ORACLE, SUSPECT, SURPRISING_IN_RUN)), RANDOM_FIFTH, FRESH]
+CONTROLS = [*map(with_validation, (FULL, ORACLE, EXCESS_RULE, SUSPECT)), RANDOM_FIFTH, FRESH]
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
-SHORT_VARIANTS = 5  # the first ones
+SHORT_VARIANTS = 7  # the first ones
 VARIANTS = [
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
+    *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),

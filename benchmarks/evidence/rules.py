@@ -9,6 +9,8 @@ import numpy as np
 
 from alphatoken.selection import keep_tokens, row_thresholds, soft_weights
 from alphatoken.suspects import (
+    FEWEST_TOKENS,
+    TokenLosses,
     loss_bounds,
     row_loss_bound,
     row_means,
@@ -47,6 +49,7 @@ class Rule:
     loss_width: float | None = None  # typical: standard deviations of validation rows above their mean
     value_width: float | None = None  # typical: robust standard deviations below the median mean value
     token_quantile: float | None = None  # suspects: loss above this quantile of validation tokens of the class
+    excess: float | None = None  # suspects: instead of a quantile, where at least this share is in excess
     suspect_value: float | None = 0.0  # and value below this; None: whatever the value
     warmup: int = 12
     refresh: int = 12
@@ -57,7 +60,7 @@ class Rule:
 
     @property
     def is_calibrated(self) -> bool:
-        return self.loss_width is not None or self.value_width is not None or self.token_quantile is not None
+        return any(x is not None for x in (self.loss_width, self.value_width, self.token_quantile, self.excess))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def weights_of(rule: Rule, window: Window) -> np.ndarray:
         keep &= np.repeat(_best_rows(rule, values), np.diff(values.offsets))
     if rule.choose == "typical":
         keep &= np.repeat(typical_rows(rule, values, window.held_out), np.diff(values.offsets))
-        if rule.token_quantile is not None:
+        if rule.token_quantile is not None or rule.excess is not None:
             keep &= ~suspects(rule, window)
     return keep.astype(np.float32)
 
@@ -134,9 +137,29 @@ def typical_rows(rule: Rule, values: Values, held_out: Values) -> np.ndarray:
 def suspects(rule: Rule, window: Window) -> np.ndarray:
     """N bool: tokens that are surprising and, unless the rule does not look at values, harmful."""
     number = int(window.held_out_classes.max()) + 1
-    bounds = loss_bounds(window.held_out.loss, window.held_out_classes, number, rule.token_quantile)
+    if rule.excess is None:
+        bounds = quantile_bounds(window.held_out.loss, window.held_out_classes, number, rule.token_quantile)
+    else:
+        known = _token_losses(window.held_out, window.held_out_classes)
+        bounds = loss_bounds(known, _token_losses(window.values, window.classes), rule.excess, number)
     bounds = np.append(bounds, np.inf)  # classes that no validation token has
     classes = np.minimum(window.classes, number)
     if rule.suspect_value is None:
         return surprising_tokens(window.values.loss, classes, bounds)
     return suspect_tokens(window.values.loss, window.values.value - rule.suspect_value, classes, bounds)
+
+
+def _token_losses(values: Values, classes: np.ndarray) -> TokenLosses:
+    return TokenLosses(values.loss, classes, np.diff(values.offsets))
+
+
+def quantile_bounds(losses: np.ndarray, classes: np.ndarray, num_classes: int, quantile: float) -> np.ndarray:
+    """float64 (C,): the quantile of validation losses by token class, whether anything is in excess or not; infinity
+    where too few tokens are known.
+    """
+    bounds = np.full(num_classes, np.inf)
+    for number in range(num_classes):
+        known = losses[classes == number]
+        if len(known) >= FEWEST_TOKENS:
+            bounds[number] = np.quantile(known, quantile)
+    return bounds

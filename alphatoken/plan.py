@@ -1,0 +1,248 @@
+"""What scoring computes, by formula: nothing is run and no weight is needed. What it holds: plan_memory.py.
+
+Operations are those of matrix products, 2 per multiply-add; norms, activations and softmax are not counted, nor is a
+causal kernel's skipping of masked pairs, so attention is an upper bound. Summed over all batches, with P computed
+positions (padding included), A pairs of query and key, N response tokens, D hidden width, V vocabulary:
+
+    linear(layers)    = 2 P sum(d_in d_out)                         one product of each linear
+    attention(layers) = 4 A heads head_width, per layer             scores, and their sum of values
+    head              = 2 N D V                                     logits are made at response positions only
+    pass(layers)      = linear(layers) + attention(layers)
+    forward           = pass(all layers) + head
+
+Trunk: the layers below the first scored one. Suffix: the others. R directions (2 with stability):
+
+    loss, entropy, random   forward
+    excess_loss             forward + forward of the reference
+    exact, central          pass(trunk) + R (2 pass(suffix) + 2 head)
+    exact, forward mode     pass(trunk) + R (3 pass(suffix) + 2 head)       x W', x' W and x W; head: logits, dl/dh;
+                                                                            + head where its weights are scored
+    value_propagation       forward + head + linear(suffix) + 5/2 attention(suffix)                     backward pass
+                            + R 2 N (sum(d_in d_out) + d_in d_value) + half attention(suffix)           contraction
+    direction               forward + head + 2 linear(suffix) + 5/2 attention(suffix), on validation rows
+
+The first scored layer's own inputs need no gradient: the few products that this saves are counted all the same.
+Forward mode and the contraction attend in causal blocks of queries (attention.py), A counted so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from alphatoken.attention import QUERY_BLOCK
+from alphatoken.batching import plan_batches
+
+Kind = Literal["plain", "central", "forward", "value_propagation"]
+
+ATTENTION_BACKWARD = 2.5  # of a forward pass: scores again, and gradients of value, weights, query and key
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data sheet: dense TFLOP/s of matrix products and memory in GB (1e9 bytes)."""
+
+    bfloat16: float
+    float32: float
+    memory_gb: float
+
+
+DEVICES = {
+    "h100": Device(989, 67, 80),
+    "h200": Device(989, 67, 141),
+    "b200": Device(2250, 75, 180),
+    "a100": Device(312, 19.5, 80),
+    "a100-40gb": Device(312, 19.5, 40),
+    "l40s": Device(362, 91.6, 48),
+    "l4": Device(121, 30.3, 24),
+    "a10": Device(125, 31.2, 24),
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sums over the linears of one decoder layer; of fused experts, those that a position is routed to."""
+
+    weights: int  # all experts
+    products: int  # d_in d_out
+    inputs: int  # d_in
+    outputs: int  # d_out
+    widest: int  # the largest d_in or d_out
+    value_width: int = 0  # output features that are attention values; 0 where nobody asked
+    value_products: int = 0  # d_in d_value
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What formulas need to know of a model."""
+
+    parameters: int  # tied ones count once
+    hidden: int  # D
+    vocabulary: int  # V
+    heads: int
+    attention_width: int  # heads x head width
+    layers: tuple[LayerShape, ...]
+
+    def scored(self, method: "Method") -> int:
+        """How many weights are scored."""
+        if method.kind == "plain":
+            return 0
+        if method.every_parameter:
+            return self.parameters
+        return sum(layer.weights for layer in self.layers[method.first_layer :])
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a batch is scored."""
+
+    kind: Kind
+    first_layer: int = 0  # the first scored one
+    directions: int = 1  # R
+    every_parameter: bool = False  # --parameters all: head and embeddings too
+    window: int = 32
+    wide_tangents: bool = False  # bfloat16 on a CPU without AMX: [W M] in float32 (tangent_linear.py)
+    entropy: bool = False
+    plain_passes: int = 0  # forward passes of the model beside its estimator: pairs by central difference
+    response_outer: bool = False  # the direction sums over response positions only
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sums over batches; floats once they are scaled up from a sample. `largest_` are maxima over batches."""
+
+    batches: float = 0
+    tokens: float = 0
+    response_tokens: float = 0  # N
+    positions: float = 0  # P
+    pairs: float = 0  # A: rows x length^2
+    block_pairs: float = 0  # A, keys up to the end of each block of queries
+    band_pairs: float = 0  # the same, keys within the window of the block
+    largest_positions: int = 0
+    largest_responses: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Of the computed positions."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0
+
+    def scaled(self, factor: float) -> "Work":
+        """Sums times `factor`; maxima stay."""
+        sums = {f.name: getattr(self, f.name) * factor for f in fields(self) if not f.name.startswith("largest_")}
+        return replace(self, **sums)
+
+
+def count_work(
+    lengths: Sequence[int], responses: Sequence[int], batch_tokens: int, block_tokens: int, window: int = 32
+) -> Work:
+    """The batches that scoring makes of rows with these lengths and numbers of response tokens, in this order.
+
+    block_tokens: rows are sorted by length within blocks of about so many tokens, as the shards of a run are.
+    """
+    total = dict.fromkeys((f.name for f in fields(Work)), 0)
+    for block in _blocks(lengths, block_tokens):
+        for group in plan_batches([lengths[i] for i in block], batch_tokens):
+            rows = [block[i] for i in group]
+            count, length, response = len(rows), lengths[rows[-1]], sum(responses[i] for i in rows)
+            total["batches"] += 1
+            total["tokens"] += sum(lengths[i] for i in rows)
+            total["response_tokens"] += response
+            total["positions"] += count * length
+            total["pairs"] += count * length**2
+            total["block_pairs"] += count * attended(length)
+            total["band_pairs"] += count * attended(length, window)
+            total["largest_positions"] = max(total["largest_positions"], count * length)
+            total["largest_responses"] = max(total["largest_responses"], response)
+    return Work(**total)
+
+
+def _blocks(lengths: Sequence[int], block_tokens: int) -> Iterator[range]:
+    """Runs of consecutive rows with at least `block_tokens` tokens each, but for the last."""
+    start, tokens = 0, 0
+    for index, length in enumerate(lengths):
+        tokens += length
+        if tokens >= block_tokens or index == len(lengths) - 1:
+            yield range(start, index + 1)
+            start, tokens = index + 1, 0
+
+
+def attended(length: int, window: int | None = None) -> int:
+    """Pairs of query and key that causal blocks of queries compute; window: keys from that far before the block on."""
+    starts = range(0, length, QUERY_BLOCK)
+    stops = [min(start + QUERY_BLOCK, length) for start in starts]
+    return sum(
+        (stop - start) * (stop - (0 if window is None else max(0, start - window)))
+        for start, stop in zip(starts, stops, strict=True)
+    )
+
+
+# operations
+
+
+def linear_flops(layers: Sequence[LayerShape], positions: float) -> float:
+    """One product of every linear."""
+    return 2 * positions * sum(layer.products for layer in layers)
+
+
+def attention_flops(model: ModelShape, layers: Sequence[LayerShape], pairs: float) -> float:
+    """Scores of all pairs, and the sum of values by them."""
+    return 4 * pairs * model.attention_width * len(layers)
+
+
+def head_flops(model: ModelShape, work: Work) -> float:
+    """Logits at response positions."""
+    return 2 * work.response_tokens * model.hidden * model.vocabulary
+
+
+def forward_flops(model: ModelShape, work: Work) -> float:
+    """A forward pass with logits at response positions."""
+    return (
+        linear_flops(model.layers, work.positions)
+        + attention_flops(model, model.layers, work.pairs)
+        + head_flops(model, work)
+    )
+
+
+def scoring_flops(model: ModelShape, method: Method, work: Work, reference: ModelShape | None = None) -> float:
+    """Values of all response tokens. reference: a model that runs forward beside it."""
+    total = method.plain_passes * forward_flops(model, work)
+    if reference is not None:
+        total += forward_flops(reference, work)
+    trunk, suffix = model.layers[: method.first_layer], model.layers[method.first_layer :]
+    head = head_flops(model, work)
+    linear = linear_flops(suffix, work.positions)
+    shared = linear_flops(trunk, work.positions) + attention_flops(model, trunk, work.pairs)
+    if method.kind == "plain":
+        return total + forward_flops(model, work)
+    if method.kind == "central":
+        once = linear + attention_flops(model, suffix, work.pairs) + head
+        return total + shared + method.directions * 2 * once
+    if method.kind == "forward":
+        along = 3 * linear + 3 * attention_flops(model, suffix, work.block_pairs)
+        return total + shared + method.directions * (along + (3 if method.every_parameter else 2) * head)
+    causal = 0.0
+    if method.window:
+        values = sum(layer.value_width for layer in suffix)
+        causal = attention_flops(model, suffix, work.block_pairs) / 2 + 2 * work.band_pairs * values
+    products = sum(layer.products + (layer.value_products if method.window else 0) for layer in suffix)
+    contraction = method.directions * 2 * work.response_tokens * products + causal
+    backward = linear + ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
+    return total + forward_flops(model, work) + head + backward + contraction
+
+
+def direction_flops(model: ModelShape, method: Method, work: Work) -> float:
+    """The validation gradient of the scored weights; `work` is that of the validation rows."""
+    suffix = model.layers[method.first_layer :]
+    outer = linear_flops(suffix, work.response_tokens if method.response_outer else work.positions)
+    backward = linear_flops(suffix, work.positions)
+    backward += ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
+    heads = 2 if method.every_parameter else 1
+    return forward_flops(model, work) + heads * head_flops(model, work) + backward + outer
+
+
+# time
+
+
+def actors_for(serial: float, parallel: float, wanted: float) -> int | None:
+    """The fewest actors that finish in `wanted` seconds; None where the serial part alone takes longer."""
+    left = wanted - serial
+    return max(1, -int(-parallel // left)) if left > 0 else None

@@ -1,0 +1,86 @@
+"""Tables of measured figures, from the JSON that the benchmarks have written: a Sphinx extension.
+
+A page has a comment `<!-- measured: NAME -->` where a table goes, so no figure is copied by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PLACE = re.compile(r"<!-- measured: (\w+) -->")
+
+Rows = list[list[str]]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", _fill)
+    return {"parallel_read_safe": True}
+
+
+def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
+    for name in PLACE.findall(source[0]):
+        app.env.note_dependency(str(RESULTS / f"{name}.json"))
+    source[0] = PLACE.sub(lambda found: table(found[1]), source[0])
+
+
+def table(name: str) -> str:
+    """The results in NAME.json, as Markdown, with what they were measured on."""
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    head, *rows = TABLES[name](results)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    machine = results["machine"]
+    where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores ({machine['capability']})"
+    note = f"`docs/results/{name}.json`: {where}, torch {machine['torch']}, {machine['date']}."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
+
+
+def _speed(results: dict[str, Any]) -> Rows:
+    rows = [["T = {length}, batch {batch_size}".format(**results), "dtype", "x forward pass", "MB above the model"]]
+    for run in results["results"]:
+        for name, found in run["methods"].items():
+            rows.append([name, run["dtype"], f"{found['ratio']:.2f}", f"{found['peak_mb']:,.0f}"])
+    return rows
+
+
+def _in_run_speed(results: dict[str, Any]) -> Rows:
+    rows = [[f"batch {results['batch_size']}", "s per step", "x plain SFT"]]
+    return rows + [[name, f"{x['total']:.1f}", f"{x['ratio']:.2f}"] for name, x in results["results"].items()]
+
+
+def _rounds_speed(results: dict[str, Any]) -> Rows:
+    plain = results["results"]["plain"]["seconds"]
+    run = f"{results['steps']} steps, batch {results['batch_size']}"
+    rows = [[run, "training, s", "x plain", "oldest values, steps"]]
+    for name, found in results["results"].items():
+        rows.append([name, f"{found['seconds']:.0f}", f"{found['seconds'] / plain:.2f}", str(found["oldest_values"])])
+    return rows
+
+
+def _ray_overhead(results: dict[str, Any]) -> Rows:
+    return [
+        ["", "s"],
+        [f"the pipeline, {results['rows']} rows", f"{results['pipeline_seconds']:.0f}"],
+        ["a bare loop over the same rows", f"{results['bare_seconds']:.0f}"],
+    ]
+
+
+def _fidelity(results: dict[str, Any]) -> Rows:
+    rows = [[f"estimator, {results['tokens']} tokens", "Spearman", "95% interval"]]
+    for found in results["results"]:
+        interval = f"{found['low']:.2f} to {found['high']:.2f}"
+        rows.append([found["estimator"], f"{found['spearman']:.2f}", interval])
+    return rows
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "speed": _speed,
+    "in_run_speed": _in_run_speed,
+    "rounds_speed": _rounds_speed,
+    "ray_overhead": _ray_overhead,
+    "fidelity": _fidelity,
+}

@@ -1,0 +1,61 @@
+"""Score a file, mask it, and write a report: what `alphatoken score`, `mask` and `report` do, from Python.
+
+    python examples/score_your_data.py                                     # the embedded model and some embedded rows
+    python examples/score_your_data.py --model M --data train.jsonl --validation target.jsonl --output runs/mine
+
+Open OUTPUT/report.html in a browser.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.report import report_page
+from alphatoken.report_data import report_data
+from pipelines.mask import run_mask
+from pipelines.score import run_score
+
+
+def first_rows(name: str, count: int, folder: Path) -> str:
+    """The first rows of an embedded file, as a file of their own: all of them would take minutes."""
+    lines = (embedded_data() / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / name
+    target.write_text("".join(lines), encoding="utf-8")
+    return str(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder or hub name")
+    parser.add_argument("--data", help="rows to score; default: 16 embedded ones")
+    parser.add_argument("--validation", help="rows of the target task; default: 8 embedded ones")
+    parser.add_argument("--output", default="runs/example-score", help="folder for everything that is written")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = Path(arguments.output)
+
+    # Rows in, values out. The same command again goes on where it was cut off, or returns at once.
+    scored = run_score(
+        ScoreConfig(
+            model=arguments.model,
+            data=[arguments.data or first_rows("train.jsonl", 16, folder)],
+            validation=[arguments.validation or first_rows("validation.jsonl", 8, folder)],
+            output=str(folder / "scored"),
+        )
+    )
+    # Other settings of the mask need no scoring: a mask is derived from stored values.
+    masked = run_mask(MaskConfig(input=str(folder / "scored"), output=str(folder / "masked"), keep_fraction=0.8))
+    page = folder / "report.html"
+    found = report_data(str(folder / "masked"), num_rows=200, seed=0, group_by=None, compare=None)
+    page.write_text(report_page(found, str(folder / "masked")), encoding="utf-8")
+
+    counts = masked["counts"]
+    print(f"{scored['counts']['rows_out']} of {scored['counts']['rows_in']} rows scored, the others in quarantine/")
+    print(f"{counts['kept_tokens']} of {counts['response_tokens']} response tokens kept")
+    print(f"open {page} in a browser")
+
+
+if __name__ == "__main__":
+    main()
