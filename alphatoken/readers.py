@@ -167,6 +167,8 @@ def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
         try:
             file = pq.ParquetFile(stream)
         except UNREADABLE as error:
+            if retries.is_transient(error):
+                raise
             raise UserError(f"{unit.path} changed since it was planned: {first_line(error)}.") from error
         start = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         # Group by group: a batch over two groups would lose the rows of a good one to a damaged one.

@@ -125,20 +125,19 @@ def write_bytes(data: bytes | memoryview, uri: str) -> None:
     fs, path = filesystem(uri)
     if _protocols(fs) & OBJECT_STORES:
         retried(lambda: fs.pipe_file(path, bytes(data)), uri)
-    else:
-        retried(lambda: _write_file(fs, data, path), uri)
-
-
-def _write_file(fs: fsspec.AbstractFileSystem, data: bytes | memoryview, path: str) -> None:
+        return
     folder, name = path.rsplit("/", 1)
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
-    fs.makedirs(folder, exist_ok=True)
-    try:
+
+    def write() -> None:
+        fs.makedirs(folder, exist_ok=True)
         _write_and_rename(fs, data, temporary, path)
+
+    try:
+        retried(write, uri)
     except BaseException:
         with suppress(Exception):  # what went wrong first is what counts; a resumed run removes temporary files
-            if fs.exists(temporary):
-                fs.rm_file(temporary)
+            fs.rm_file(temporary)
         raise
 
 

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import tracemalloc
 from collections import Counter
 
@@ -30,7 +31,7 @@ from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, plan_units
 from pipelines.encode import EncodePlan, encode_row, pair_columns, prompt_columns, row_columns
 from pipelines.shards import write_block
 
-FUZZ = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+FUZZ = settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 GOOD = {"prompt": "What is two plus two?", "completion": " four"}
 KINDS = ("rows", "pairs", "prompts")
 
@@ -287,8 +288,8 @@ def remote(monkeypatch):
 @pytest.mark.parametrize("failures", [0, 3])
 def test_remote_files_and_failures_that_pass(remote, name, failures, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BUFFER_BYTES", 1000)
-    rows = [{**GOOD, "id": str(number)} for number in range(1000)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=250)
+    rows = [{**GOOD, "id": random.Random(number).randbytes(100).hex()} for number in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=250)  # read one by one
     content = {"a.jsonl": lines(*rows), "a.jsonl.gz": gzip.compress(lines(*rows), compresslevel=0)}
     remote.pipe_file(f"/{name}", content.get(name, (tmp_path / "a.parquet").read_bytes()))
     (unit,) = plan_units([f"remote://{name}"])

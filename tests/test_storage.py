@@ -103,7 +103,7 @@ class FlakyFileSystem(MemoryFileSystem):
     store: dict = {}
     pseudo_dirs = [""]
     error: Exception | None = None
-    failures = 0
+    failures = depth = 0
     failed: Counter = Counter()
     broken: set[str] = set()  # kinds that never succeed
 
@@ -120,8 +120,13 @@ class FlakyFileSystem(MemoryFileSystem):
 
 def _flaky(name):
     def operation(self, *args, **kwargs):
-        self._maybe_fail(name)
-        return getattr(MemoryFileSystem, name)(self, *args, **kwargs)
+        if self.depth == 0:  # one operation may be made of others
+            self._maybe_fail(name)
+        self.depth += 1
+        try:
+            return getattr(MemoryFileSystem, name)(self, *args, **kwargs)
+        finally:
+            self.depth -= 1
 
     return operation
 
