@@ -61,7 +61,6 @@ class Encoder:
         self.tokenizer = tokenizer
         self.options = options
         self.vocab_size = vocab_size
-        self.special = SpecialTokens(tokenizer)
         self.typed: str | None = None  # a special token in the text of the last row, whether it could be used or not
 
     def encode(self, row: dict) -> Encoded:
@@ -105,6 +104,10 @@ class Encoder:
         ids = _integers(row, column)
         _check_ids(ids, self.vocab_size)
         return ids
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens(self.tokenizer)
 
     @cached_property
     def _chat(self) -> ChatRenderer:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 
@@ -21,6 +23,15 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_per_worker():
+    """Where test processes share the cores: more threads for tiny tensors only wait for one another."""
+    import torch
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

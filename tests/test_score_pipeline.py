@@ -257,7 +257,7 @@ def test_a_killed_driver_loses_nothing(tiny_checkpoint, files, tmp_path):
     process = subprocess.Popen(
         command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list((output / "commits").glob("*.json")) if output.exists() else []) < 3:
         assert process.poll() is None and time.monotonic() < deadline, "ended or hung before it could be killed"
         time.sleep(0.02)
