@@ -51,8 +51,9 @@ def main() -> None:
     found = report_data(str(folder / "masked"), num_rows=200, seed=0, group_by=None, compare=None)
     page.write_text(report_page(found, str(folder / "masked")), encoding="utf-8")
 
+    counts = scored["counts"]
+    print(f"{counts['rows_out']} of {counts['rows_in']} rows scored; what is left out is in quarantine/")
     counts = masked["counts"]
-    print(f"{scored['counts']['rows_out']} of {scored['counts']['rows_in']} rows scored, the others in quarantine/")
     print(f"{counts['kept_tokens']} of {counts['response_tokens']} response tokens kept")
     print(f"open {page} in a browser")
 
