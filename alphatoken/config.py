@@ -217,6 +217,14 @@ class DemoConfig(BaseModel):
     overwrite: bool = Field(False, description="start again instead of resuming")
 
 
+def embedded_rows(name: str, count: int, target: Path) -> str:
+    """The first rows of an embedded file, written as a file of their own; its path."""
+    lines = (embedded_data() / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(lines), encoding="utf-8")
+    return str(target)
+
+
 def embedded_data() -> Path:
     """Folder of the data set that ships with the package."""
     return Path(__file__).parent / "demo_data"

@@ -12,7 +12,7 @@ Both responses continue the same prompt tokens. Where a tokenizer merges the pro
 responses, the prompt ends before them in both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -22,7 +22,7 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.schema import BRANCHES
-from alphatoken.sources import ReadUnit, first_row
+from alphatoken.sources import ReadUnit, column_names, first_row
 
 PAIR_COLUMNS = frozenset(BRANCHES)
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -44,6 +44,13 @@ def is_pair(columns: set[str], renamed: dict[str, str]) -> bool:
     """Whether a row with these columns is a preference pair."""
     there = (columns - set(renamed.values())) | {wanted for wanted, given in renamed.items() if given in columns}
     return there >= PAIR_COLUMNS or there >= set(TOKEN_COLUMNS)
+
+
+def is_pair_data(objective: str, units: Sequence[ReadUnit], renamed: dict[str, str]) -> bool:
+    """Whether the rows are preference pairs: as the user says (sft or dpo), else (auto) by the first row."""
+    if objective != "auto":
+        return objective == "dpo"
+    return is_pair(column_names(units[0]), renamed)
 
 
 def check_pair_source(units: Iterable[ReadUnit], options: DataOptions) -> None:

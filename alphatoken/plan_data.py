@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import BadRowError, UserError
-from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair
+from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.plan_config import PlanConfig
-from alphatoken.sources import ReadUnit, SourceRow, column_names, plan_units, read_unit
+from alphatoken.sources import ReadUnit, SourceRow, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 
 
 def check_data(config: PlanConfig, units: list[ReadUnit]) -> bool:
     """Whether the data are pairs. Raises UserError where a file's first row, or the tokenizer, cannot be used."""
-    pairs = config.objective == "dpo"
-    if config.objective == "auto":
-        pairs = is_pair(column_names(units[0]), config.columns)
+    pairs = is_pair_data(config.objective, units, config.columns)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if pairs:
         check_pair_source(units, config)

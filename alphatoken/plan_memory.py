@@ -108,5 +108,5 @@ def direction_memory(model: ModelShape, method: Method, work: Work, dtype: str) 
     plain = activation_bytes(model, Method("plain"), element, work.largest_positions)
     graph = plain + graph_bytes(model, suffix, element, work.largest_positions)
     graph += logit_bytes(model, method, element, work.largest_responses)
-    searches = dtype == "float32" and method.kind in ("central", "forward")
+    searches = dtype == "float32" and method.kind == "central"
     return element * model.parameters + max(graph + 3 * sums, (5 if searches else 4) * sums)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from alphatoken.config import Dtype
-from alphatoken.train_config import TrainConfig
+from alphatoken.train_config import BY_VALUE, TrainConfig
 
 
 class RoundsConfig(TrainConfig):
@@ -76,7 +76,7 @@ class RoundsConfig(TrainConfig):
     @property
     def uses_moments(self) -> bool:
         """Whether values need the optimizer's second moments."""
-        return self.preconditioner == "adam" and self.rule in ("share", "suspect")
+        return self.preconditioner == "adam" and self.rule in BY_VALUE
 
     @property
     def oldest_values(self) -> int:

@@ -188,6 +188,11 @@ def manifest_of(folder: str, stage: str, option: str) -> dict:
     return found
 
 
+def first_row_id_of(shard: str) -> int:
+    """What the name of a shard says, for an output shard under the same name."""
+    return int(SHARD_FILES["data"].match(storage.name_of(shard)).group(1))
+
+
 def _digits(first_row_id: int) -> str:
     return f"{first_row_id:015d}"
 

@@ -14,6 +14,10 @@ PAPER = {
 }  # fmt: skip
 
 
+# Rules that need values of tokens, and rules that need the losses of validation rows
+BY_VALUE, BY_LOSS = frozenset({"share", "suspect"}), frozenset({"suspect", "surprising"})
+
+
 class LiveValueOptions(DirectionShape):
     """How tokens are valued and chosen while a model trains: in-run and in rounds."""
 
@@ -137,7 +141,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if self.objective == "sft" and self.reference_model and not self.fisher:
             raise ValueError("--reference-model is for --objective dpo, and for stability with --fisher")
         self._check_live_values()
-        if self.objective == "dpo" and self.rule in ("suspect", "surprising"):
+        if self.objective == "dpo" and self.rule in BY_LOSS:
             raise ValueError(f"--rule {self.rule} is for --objective sft: a rejected response may well be surprising")
         if self.rule == "surprising" and self.fisher:
             raise ValueError("--rule surprising values no token, so --fisher would not matter; leave it out")

@@ -9,18 +9,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from alphatoken.config import EMBEDDED_MODEL, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, embedded_rows
 from alphatoken.rounds_config import RoundsConfig
 from pipelines.rounds import run_rounds
-
-
-def first_rows(name: str, count: int, folder: Path) -> str:
-    """The first rows of an embedded file, as a file of their own."""
-    lines = (embedded_data() / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / name
-    target.write_text("".join(lines), encoding="utf-8")
-    return str(target)
 
 
 def main() -> None:
@@ -34,12 +25,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Path(arguments.output)
+    rows = folder / "rows"
 
     manifest = run_rounds(
         RoundsConfig(
             model=arguments.model,
-            data=[arguments.data or first_rows("train.jsonl", 16, folder / "rows")],
-            validation=[arguments.validation or first_rows("validation.jsonl", 8, folder / "rows")],
+            data=[arguments.data or embedded_rows("train.jsonl", 16, rows / "train.jsonl")],
+            validation=[arguments.validation or embedded_rows("validation.jsonl", 8, rows / "validation.jsonl")],
             output=str(folder / "run"),
             rule=arguments.rule,
             lora_rank=arguments.rank,

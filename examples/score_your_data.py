@@ -10,20 +10,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_rows
 from alphatoken.report import report_page
 from alphatoken.report_data import report_data
 from pipelines.mask import run_mask
 from pipelines.score import run_score
-
-
-def first_rows(name: str, count: int, folder: Path) -> str:
-    """The first rows of an embedded file, as a file of their own: all of them would take minutes."""
-    lines = (embedded_data() / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / name
-    target.write_text("".join(lines), encoding="utf-8")
-    return str(target)
 
 
 def main() -> None:
@@ -40,8 +31,8 @@ def main() -> None:
     scored = run_score(
         ScoreConfig(
             model=arguments.model,
-            data=[arguments.data or first_rows("train.jsonl", 16, folder)],
-            validation=[arguments.validation or first_rows("validation.jsonl", 8, folder)],
+            data=[arguments.data or embedded_rows("train.jsonl", 16, folder / "train.jsonl")],
+            validation=[arguments.validation or embedded_rows("validation.jsonl", 8, folder / "validation.jsonl")],
             output=str(folder / "scored"),
         )
     )

@@ -7,7 +7,7 @@ from typing import Any
 if __name__ == "__main__":  # `python jobs/demo.py` puts jobs/ first on the path; the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from alphatoken.config import EMBEDDED_MODEL, DemoConfig, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, DemoConfig, MaskConfig, ScoreConfig, embedded_data, embedded_rows
 from alphatoken.evaluate_config import EvaluateConfig
 from alphatoken.rounds_config import RoundsConfig
 from jobs import cli
@@ -34,13 +34,13 @@ def _demo(config: DemoConfig) -> dict:
     from pipelines.mask import run_mask
 
     folder = Path(config.output)
-    data = _first_rows(embedded_data() / "train.jsonl", config.rows, folder / "data.jsonl")
-    validation = [str(_first_rows(embedded_data() / "validation.jsonl", VALIDATION_ROWS, folder / "validation.jsonl"))]
+    data = embedded_rows("train.jsonl", config.rows, folder / "data.jsonl")
+    validation = [embedded_rows("validation.jsonl", VALIDATION_ROWS, folder / "validation.jsonl")]
     _say("1. How much is each response token worth? Scoring with the model as it is.")
     scored = score_with_progress(
         ScoreConfig(
             model=EMBEDDED_MODEL,
-            data=[str(data)],
+            data=[data],
             validation=validation,
             output=str(folder / "scored"),
             overwrite=config.overwrite,
@@ -55,7 +55,7 @@ def _demo(config: DemoConfig) -> dict:
         "counts": masked["counts"],
         "rows": read_rows(masked_folder, [], SHOWN_ROWS),
     }
-    return result | (_train(config, str(data), validation, folder) if config.steps else {})
+    return result | (_train(config, data, validation, folder) if config.steps else {})
 
 
 def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -> dict:
@@ -90,13 +90,6 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
         EvaluateConfig(model=models, loss={"target": target, "general text": general}, limit=HELD_OUT_ROWS)
     )
     return {"models": models, "training_seconds": seconds, "measures": found["measures"]}
-
-
-def _first_rows(source: Path, count: int, target: Path) -> Path:
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(lines), encoding="utf-8")
-    return target
 
 
 def _say(text: str) -> None:

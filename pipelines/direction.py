@@ -13,12 +13,12 @@ from alphatoken import tensor_file, token_classes
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import UserError
-from alphatoken.exact import Exact
+from alphatoken.exact import Exact, choose_method
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_direction import PairWeights
-from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair
+from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.pair_scoring import check_same_vocabulary
-from alphatoken.sources import column_names, data_fingerprint, plan_units
+from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
@@ -103,14 +103,10 @@ def make_direction(
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", found.num_rows, refused)
     scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
-    tensors = {
-        f"direction/{name}": (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()
-    }
+    direction = {name: (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()}
+    tensors = {f"direction/{name}": tensor for name, tensor in direction.items()}
     tensors |= {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
-    step = None
-    if scoring.dtype == torch.float32 and getattr(config, "estimator", "exact") == "exact":
-        moved = {name.removeprefix("direction/"): t for name, t in tensors.items() if name.startswith("direction/")}
-        step = Exact(scoring, parameters, moved, method="central").central_step
+    step = Exact(scoring, parameters, direction, method="central").central_step if _is_moved(config, scoring) else None
     health = check_direction(scoring, config, encoder, options, found, halves, scale, data_pairs)
     provenance = tensor_file.Provenance(
         kind="direction",
@@ -125,6 +121,13 @@ def make_direction(
     )
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
     return asdict(provenance)
+
+
+def _is_moved(config: ScoreConfig | DirectionConfig, scoring: ScoringModel) -> bool:
+    """Whether float32 weights will be moved along the direction, as far as the configuration says."""
+    if scoring.dtype != torch.float32 or getattr(config, "estimator", "exact") != "exact":
+        return False
+    return choose_method(getattr(config, "method", "auto"), scoring.dtype) == "central"
 
 
 def class_weight_table(weights: dict[str, float], model: str, trust_remote_code: bool) -> torch.Tensor:
@@ -147,7 +150,7 @@ def _adam_scale(
     if not files:
         raise UserError("--preconditioner adam needs --preconditioner-data FILES: training rows for its moments")
     units = plan_units(files)
-    if weigh is None and is_pair(column_names(units[0]), config.columns):  # --preconditioner-data of `direction`
+    if weigh is None and is_pair_data("auto", units, config.columns):  # --preconditioner-data of `direction`
         weigh = PairWeights(scoring, load_reference(config, scoring), config.beta)
     rows = good_rows(units, (encoder if weigh is None else PairEncoder(encoder)).encode, [])
     batches = []

@@ -12,7 +12,7 @@ from alphatoken import storage
 from alphatoken.config import ExportConfig
 from alphatoken.errors import UserError
 from alphatoken.export_formats import Format, format_of
-from alphatoken.run_folder import RunFolder, manifest_of
+from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _write_shards(shards: list[str], chosen: Format, folder: RunFolder, progress
         if name not in done:
             table = storage.read_table(shard)
             record = {
-                "first_row_id": int(name.removeprefix("train-").removesuffix(".parquet")),
+                "first_row_id": first_row_id_of(name),
                 "row_ids": [],
                 "shard": name,
                 "rows": table.num_rows,

@@ -11,6 +11,7 @@ from alphatoken.architecture import scored_parameters
 from alphatoken.batching import Batch
 from alphatoken.in_run import InRun
 from alphatoken.suspects import TokenLosses
+from alphatoken.train_config import BY_LOSS, BY_VALUE
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,16 @@ class Refreshing:
     @property
     def _ready(self) -> bool:
         """Whether tokens can be judged."""
-        by_value, by_bounds = self.plan.rule != "surprising", self.plan.rule != "share"
+        by_value, by_bounds = self.plan.rule in BY_VALUE, self.plan.rule in BY_LOSS
         return not (by_value and self._direction is None) and not (by_bounds and self._known is None)
 
     def _refresh(self) -> None:
-        if self.plan.rule != "surprising":
+        if self.plan.rule in BY_VALUE:
             scale = self._adam_scale() if self.plan.preconditioner == "adam" else {}
             if scale is None:
                 return  # the optimizer has not taken a step yet
             self._refresh_direction(scale)
-        if self.plan.rule != "share":
+        if self.plan.rule in BY_LOSS:
             with self.accelerator.autocast():
                 found = self.in_run.validation_losses(self.plan.validation, self.plan.class_of)
             self._known = TokenLosses.joined(gather_object([found]))

@@ -22,7 +22,7 @@ from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import Thresholds, mask_pair_table, pair_value_columns, pair_value_digits
-from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
+from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
 from pipelines.cluster import connect, user_errors
 
 STALE_WARNING = (
@@ -197,7 +197,7 @@ def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, out
         result = masking.mask_table(table, replace(plan, threshold=thresholds.get(ROWS)), row["shard"])
     name = storage.name_of(row["shard"])
     record = {
-        "first_row_id": int(name.removeprefix("train-").removesuffix(".parquet")),
+        "first_row_id": first_row_id_of(name),
         "shard": name,
         "row_ids": row_id_runs(table["row_id"].to_numpy()),
         "counts": result.counts,

@@ -22,7 +22,7 @@ from alphatoken.chat import ChatRenderer
 from alphatoken.errors import UserError
 from alphatoken.generate_config import PairConfig, SamplingOptions
 from alphatoken.pairing import Candidate, Pair, best_against_worst, distinct
-from alphatoken.run_folder import RunFolder, manifest_of, row_id_runs
+from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges
@@ -176,7 +176,7 @@ def write_pairs(shard: str, groups: list[Group], config: PairConfig, samples: in
         "identical_responses": sum(group.identical for group in groups),
     }
     record = {
-        "first_row_id": int(name.removeprefix("train-").removesuffix(".parquet")),
+        "first_row_id": first_row_id_of(name),
         "shard": name,
         "row_ids": row_id_runs([group.row_id for group in groups]),
         "counts": counts,

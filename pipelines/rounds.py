@@ -28,6 +28,7 @@ from alphatoken import storage
 from alphatoken.batching import split_evenly
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
+from alphatoken.train_config import BY_LOSS, BY_VALUE
 from pipelines.board import Board, ask
 from pipelines.cluster import torch_threads, user_errors
 from pipelines.live_trainer import Live
@@ -155,8 +156,8 @@ def _value_window(
 def _measures(config: RoundsConfig, actors: list, snapshot: Any) -> tuple[Any, Any, list]:
     """(direction, drift, losses of the validation rows) at the snapshot, as far as the rule asks for them."""
     direction = drift = None
-    known = [] if config.rule == "share" else [actor.losses.remote(snapshot) for actor in actors]
-    if config.rule != "surprising":
+    known = [actor.losses.remote(snapshot) for actor in actors] if config.rule in BY_LOSS else []
+    if config.rule in BY_VALUE:
         gradients = [actor.gradient.remote(snapshot) for actor in actors]
         drift = actors[0].drift.remote(snapshot)
         direction, drift = combine.options(num_returns=2).remote(gradients, snapshot, drift)

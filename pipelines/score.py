@@ -26,11 +26,11 @@ from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.model import default_device, fingerprint, load_model
-from alphatoken.pair_encode import check_pair_source, is_pair
+from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
-from alphatoken.sources import ReadUnit, column_names, data_fingerprint, plan_units
+from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
 from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
@@ -56,7 +56,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
     """
     started = time.monotonic()
     units = plan_units(config.data)
-    pairs = is_pair_data(config, units)
+    pairs = is_pair_data(config.objective, units, config.columns)
     parameters = _check_inputs(config, units, pairs)
     folder = RunFolder(storage.absolute(config.output))
     connect()
@@ -79,13 +79,6 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
     columns = storage.read_schema(storage.list_shards(folder.uri)[0])
     folder.finish(manifest, manifests.data_card("score", manifest, columns))
     return manifest
-
-
-def is_pair_data(config: ScoreConfig, units: list[ReadUnit]) -> bool:
-    """Whether the rows are preference pairs: as the user says, else by the first row."""
-    if config.objective != "auto":
-        return config.objective == "dpo"
-    return is_pair(column_names(units[0]), config.columns)
 
 
 def _check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:

@@ -27,7 +27,7 @@ from alphatoken.errors import UserError
 from alphatoken.model import fingerprint
 from alphatoken.token_classes import class_of_ids
 from alphatoken.tokenizer import load_tokenizer
-from alphatoken.train_config import TrainConfig
+from alphatoken.train_config import BY_LOSS, TrainConfig
 from pipelines.cluster import prepare_worker
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.train_data import columns_for, load_rows
@@ -146,7 +146,7 @@ def in_run_plan(config: TrainConfig, args: Any) -> Any:
     from pipelines.in_run_refresh import InRunPlan
 
     fisher, weights = load_fisher(config, args.device) or (None, None)
-    by_bounds = config.rule != "share"
+    by_bounds = config.rule in BY_LOSS
     class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code)) if by_bounds else None
     return InRunPlan(
         estimator=config.estimator,

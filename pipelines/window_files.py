@@ -19,6 +19,7 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
 from alphatoken.suspects import Bounds, TokenLosses
 from alphatoken.token_classes import class_of_ids
+from alphatoken.train_config import BY_VALUE
 from alphatoken.window_masking import keep_all_pairs, mask_window
 
 SUMMARY = "window.json"
@@ -61,7 +62,7 @@ def write_window(
             classes = class_of_ids(config.model, config.trust_remote_code)
             judged = TokenLosses.joined([losses_of(table, classes) for table in tables])
             bounds = Bounds.of(TokenLosses.joined(ray.get(validation)), judged)
-            by_value = config.rule == "suspect"
+            by_value = config.rule in BY_VALUE
             plan = replace(plan, bounds=bounds, bounds_and_value=by_value, class_of_token=classes)
         one_threshold = config.rule == "share" and config.scope == "window"
         masked = mask_window(tables, plan, config.drop_sequences, one_threshold, folder)

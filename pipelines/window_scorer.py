@@ -21,6 +21,7 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.scoring import score_table
 from alphatoken.suspects import TokenLosses, validation_losses
 from alphatoken.token_classes import class_of_ids
+from alphatoken.train_config import BY_LOSS
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.cluster import prepare_worker
 from pipelines.encode import ENCODED_AS
@@ -52,7 +53,7 @@ class WindowScorer:
         self.scoring = load_model(config.model, config.score_dtype, self.device, config.trust_remote_code)
         self.options = gradient_options(config, self.device)
         self.validation = validation_batches(config, self.device, part, parts)
-        if config.rule != "share":
+        if config.rule in BY_LOSS:
             self.class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code))
         self.fisher, self.reference = load_fisher(config, self.device) or (None, None)
         self.rows = load_rows(shards, COLUMNS[config.data_kind]).with_format("arrow")

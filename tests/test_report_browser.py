@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from alphatoken import storage
 from alphatoken.masking import MaskPlan, mask_table
 from alphatoken.pair_masking import mask_pair_table
 from alphatoken.schema import BRANCHES
@@ -161,8 +162,6 @@ def test_agreement_of_two_estimators(opened, tmp_path):
     write_folder(str(tmp_path / "b"), rows=6, shards=1)
     opposite = pa.array([[-x for x in row] for row in table["adaptation"].to_pylist()], table["adaptation"].type)
     other = table.set_column(table.column_names.index("adaptation"), "adaptation", opposite)
-    from alphatoken import storage
-
     storage.write_table(other, f"{tmp_path}/b/data/train-000000000000000.parquet")
     page = opened(str(tmp_path / "a"), "--compare", str(tmp_path / "b"))
     assert "-1.000" in page.inner_text("#agreement")
