@@ -1,6 +1,6 @@
 """What the pipeline adds to the computation: `run_score` against a bare loop over the same rows.
 
-    python benchmarks/ray_overhead.py [--rows 768] [--num-actors 2] [--json FILE]
+    python benchmarks/ray_overhead.py [--rows 1280] [--num-actors 2] [--json FILE]
 
 Both start cold in a process of their own: load the model, make the direction, encode, score, write Parquet. The
 pipeline's time includes starting Ray. Both have all of the machine's cores: the loop as threads of one process, the
@@ -36,10 +36,12 @@ def bare_loop(config: ScoreConfig) -> None:
     from alphatoken.scoring import build_estimator, score_table
     from alphatoken.sources import plan_units, read_unit
     from alphatoken.storage import write_table
+    from pipelines.cluster import prepare_worker, torch_threads
     from pipelines.direction import make_direction
     from pipelines.encode import EncodePlan, encode_row, make_encoder, row_columns
     from pipelines.score import shard_tokens
 
+    prepare_worker(torch_threads())  # the process's settings are the same on both sides
     scoring = load_model(config.model)
     direction = f"{config.output}-direction.safetensors"
     make_direction(scoring, config, "all-linear", "all", direction)
@@ -67,7 +69,7 @@ def timed(mode: str, data: str, folder: str, num_actors: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=768, help="more than the embedded set has: it is repeated")
+    parser.add_argument("--rows", type=int, default=1280, help="more than the embedded set has: it is repeated")
     parser.add_argument("--num-actors", default="2")
     parser.add_argument("--json")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from alphatoken.prompts import PromptReader
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 
-ROWS_PER_TABLE = 64
+ROWS_PER_TABLE = 8  # what a block can be larger than it was meant to be
 # What the rest of the pipeline needs to know of a row beside its tokens; gone in the output.
 ORIGIN = [
     pa.field("source", pa.string()),
@@ -150,9 +150,7 @@ def row_name(row: SourceRow, column: str = "id") -> str:
     return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
 
 
-def good_rows(
-    units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[str]
-) -> Iterator[tuple[int, Any]]:
+def good_rows(units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[str]) -> Iterator[tuple[int, Any]]:
     """(row id, what `encode` makes of it) of the usable rows; the others' places and reasons are added to `refused`."""
     for unit in units:
         for row in read_unit(unit):

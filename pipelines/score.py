@@ -1,6 +1,6 @@
-"""Rows in, valued rows out: encode on CPU tasks, score on an actor pool, write shards.
+"""Rows in, valued rows out: encode on CPU tasks, score on an actor pool that writes the shards.
 
-    files -> encode_units (CPU tasks) -> Scorer (actors, model loaded once) -> write_block (CPU tasks) -> commit records
+    files -> encode_units (CPU tasks) -> Scorer (actors, model loaded once) -> shards with commit records
 
 Every block is a run of consecutive rows and becomes one shard with a commit record; a run that was cut off starts
 again with the rows that no record names. The driver sees counts only. A preference pair is one row all the way; the
@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -36,12 +35,12 @@ from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads
 from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
 from pipelines.direction_checks import tell
 from pipelines.encode import EncodePlan, encoded_dataset
-from pipelines.shards import COST, total_counts, write_block
+from pipelines.shards import total_counts, write_block
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 5  # of an encoded row: int32 id and one byte of mask
-SMALL_SHARD, LARGE_SHARD = 8_192, 1_048_576  # tokens per shard, for inputs below and above SMALL_INPUT bytes
+SMALL_SHARD, LARGE_SHARD = 4_096, 1_048_576  # tokens per shard, for inputs below and above SMALL_INPUT bytes
 SMALL_INPUT = 64 * 2**20
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens", "shard_tokens"}
@@ -177,21 +176,18 @@ def _score_units(
     threads = torch_threads(high, config.cpus_per_actor)
     scored = encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)).map_batches(
         PairScorer if pairs else Scorer,
-        fn_constructor_kwargs={"config": config, "direction_path": direction_path, "threads": threads},
+        fn_constructor_args=(config, direction_path, folder.uri, threads),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=actor_pool(low, high),
+        compute=actor_pool(low, high, queued=config.gpus_per_actor > 0),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
-    )
-    written = scored.map_batches(
-        write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"output": folder.uri}, num_cpus=0.5
     )
     total: Counter = Counter()
     for record in folder.commits():
         total.update(record["counts"])
-    for row in written.iter_rows():
+    for row in scored.iter_rows():
         total.update({name: value for name, value in row.items() if isinstance(value, int | float)})
         if progress:
             progress(dict(total))
@@ -211,16 +207,17 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
 class Scorer:
     """The scoring actor: model, direction and drift are loaded once."""
 
-    def __init__(self, config: ScoreConfig, direction_path: str | None, threads: int) -> None:
+    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
         prepare_worker(threads)
         self.config = config
+        self.output = output
         device = default_device() if config.gpus_per_actor else torch.device("cpu")
         self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
         self.device = device
         self.estimator = build_estimator(config, self.scoring, direction_path)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """One block of encoded rows; refused rows pass through with their reason."""
+    def __call__(self, block: pa.Table) -> dict[str, list]:
+        """One block of encoded rows to one shard; refused rows pass through with their reason. Returns its counts."""
         started = time.monotonic()
         good = pc.is_null(block["reason"])
         scored, failures, computed = self._score(block.filter(good))
@@ -228,9 +225,8 @@ class Scorer:
         scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
         refused = block.filter(pc.invert(good))
         result = pa.concat_tables([scored, refused], promote_options="default")
-        for name, value in zip(COST, (time.monotonic() - started, computed), strict=True):
-            result = result.append_column(name, pa.array(np.full(result.num_rows, value / max(1, result.num_rows))))
-        return result
+        cost = {"computed_positions": computed, "scoring_seconds": round(time.monotonic() - started, 4)}
+        return write_block(result, self.output, cost)
 
     def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
         return score_table(table, self.estimator, self.config.batch_tokens, self.device, self.config.terms)
@@ -239,8 +235,8 @@ class Scorer:
 class PairScorer(Scorer):
     """The scoring actor for preference pairs, with the reference model where that is another one."""
 
-    def __init__(self, config: ScoreConfig, direction_path: str | None, threads: int) -> None:
-        super().__init__(config, direction_path, threads)
+    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
+        super().__init__(config, direction_path, output, threads)
         reference = load_reference(config, self.scoring)
         self.pair_estimator = PairEstimator(self.estimator, self.scoring, reference)
 

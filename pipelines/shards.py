@@ -1,4 +1,4 @@
-"""Encoded or scored blocks to shards with commit records, and sums over those. Light to import: CPU tasks run it."""
+"""Encoded or scored blocks to shards with commit records, and sums over those."""
 
 from collections import Counter
 
@@ -10,17 +10,14 @@ from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder, row_id_runs
 from pipelines.encode import ORIGIN
 
-COST = ("seconds", "computed_positions")  # of a block, spread over its rows as columns: metadata does not travel
 
-
-def write_block(block: pa.Table, output: str) -> dict[str, list]:
-    """Write one shard and its commit record; returns its counts as one row."""
+def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = None) -> dict[str, list]:
+    """Write one shard and its commit record; returns its counts, `cost` among them, as one row."""
     if not block.num_rows:
         return {}
     block = block.sort_by("row_id")
-    cost = {name: float(pc.sum(block[name]).as_py() or 0) for name in COST if name in block.column_names}
     good = pc.is_null(block["reason"])
-    data = block.filter(good).drop_columns([*(field.name for field in ORIGIN), *cost])
+    data = block.filter(good).drop_columns([field.name for field in ORIGIN])
     refused = block.filter(pc.invert(good))
     quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
         "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())
@@ -33,10 +30,8 @@ def write_block(block: pa.Table, output: str) -> dict[str, list]:
         "rows_special_tokens": pc.sum(block["special_tokens"]).as_py() or 0,
         "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
         "response_tokens": _response_tokens(data),
+        **(cost or {}),
     }
-    if cost:
-        counts["computed_positions"] = round(cost["computed_positions"])
-        counts["scoring_seconds"] = round(cost["seconds"], 4)
     record = {
         "first_row_id": int(block["row_id"][0].as_py()),
         "row_ids": row_id_runs(block["row_id"].to_numpy()),
