@@ -8,14 +8,19 @@ its gradient. Other weights (fused experts, their router, a convolution) only ha
 autograd, and the exact estimator needs no more.
 """
 
+import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from alphatoken.adapters import BASE_LAYER, FACTOR
 from alphatoken.errors import UserError
+
+LORA, PATTERN = "lora", "pattern:"
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class ScoredLinear:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.weight
+        return cast(nn.Parameter, self.module.weight)
 
     @property
     def transposed(self) -> bool:
@@ -101,16 +106,21 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def layer_weights(model: PreTrainedModel) -> list[list[ScoredWeight]]:
     """Every weight of each decoder layer, in the order of `named_modules`; norms and biases are not weights.
 
+    Of a model with an adapter: the weights that it adds to, whose gradient is that of the merged weights.
+
     Raises:
         UserError: a layer holds a matrix (or a larger tensor) of an unknown kind.
     """
     prefixes = {module: name for name, module in model.named_modules()}
-    result = []
+    result: list[list[ScoredWeight]] = []
     for index, layer in enumerate(decoder_layers(model)):
-        weights, unknown = [], []
+        weights: list[ScoredWeight] = []
+        unknown: list[ScoredTensor] = []
         for module in layer.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 name = f"{prefixes[module]}.{key}"
+                if FACTOR in name:
+                    continue
                 if isinstance(module, (nn.Linear, Conv1D)) and key == "weight":
                     weights.append(ScoredLinear(name, module, index))
                 elif parameter.dim() < 2 or _is_bias_of_experts(module, key, parameter):
@@ -161,6 +171,7 @@ def layer_linears(model: PreTrainedModel) -> list[list[ScoredLinear]]:
 
 
 def _only_linears(weights: list[ScoredWeight]) -> list[ScoredLinear]:
+    linears = [weight for weight in weights if isinstance(weight, ScoredLinear)]
     others = [weight.described for weight in weights if isinstance(weight, ScoredTensor)]
     if others:
         raise UserError(
@@ -168,15 +179,17 @@ def _only_linears(weights: list[ScoredWeight]) -> list[ScoredLinear]:
             "position would be left out of value_propagation, of the Fisher and of --positions response: use "
             "--estimator exact"
         )
-    return weights
+    return linears
 
 
 def first_scored_layer(model: PreTrainedModel, parameters: str) -> int:
     """Index of the first layer with scored weights.
 
     Raises:
-        UserError: last-layers:K with K above the number of layers.
+        UserError: last-layers:K with K above the number of layers; as `scored_weights` for lora and patterns.
     """
+    if parameters == LORA or parameters.startswith(PATTERN):
+        return min(weight.layer for weight in scored_weights(model, parameters))
     count = len(decoder_layers(model))
     if not parameters.startswith("last-layers:"):
         return 0
@@ -187,15 +200,68 @@ def first_scored_layer(model: PreTrainedModel, parameters: str) -> int:
 
 
 def scored_weights(model: PreTrainedModel, parameters: str) -> list[ScoredWeight]:
-    """The weights of last-layers:K or all-linear: of linear layers, of experts, routers and convolutions."""
+    """The weights of last-layers:K or all-linear: of linear layers, of experts, routers and convolutions. Those of
+    them whose names a pattern finds. The factors of an adapter.
+
+    Raises:
+        UserError: K is above the number of layers, a pattern finds nothing or something else, there is no adapter.
+    """
     if parameters == "all":
         raise ValueError("'all' is not a set of weights of decoder layers")
+    if parameters == LORA:
+        return list(_factors(model))
+    if parameters.startswith(PATTERN):
+        return _matching(model, parameters.removeprefix(PATTERN))
     start = first_scored_layer(model, parameters)
     return [weight for weights in layer_weights(model)[start:] for weight in weights]
 
 
+def _matching(model: PreTrainedModel, pattern: str) -> list[ScoredWeight]:
+    """The weights of decoder layers in whose names the regular expression is found."""
+    weights = [weight for layer in layer_weights(model) for weight in layer]
+    names = [name for name, _ in model.named_parameters() if FACTOR not in name and re.search(pattern, name)]
+    others = sorted(set(names) - {weight.name for weight in weights})
+    if others:
+        raise UserError(
+            f"--parameters {PATTERN}{pattern} finds {', '.join(others[:3])}{' ...' if others[3:] else ''}, which is no "
+            "linear weight of a decoder layer: make the pattern narrower"
+        )
+    if not names:
+        raise UserError(
+            f"--parameters {PATTERN}{pattern} finds no weight; names are like {weights[0].name} and {weights[-1].name}"
+        )
+    return [weight for weight in weights if weight.name in set(names)]
+
+
+def _factors(model: PreTrainedModel) -> list[ScoredLinear]:
+    """Both factors of every linear layer that an adapter adds to."""
+    prefixes = {module: name for name, module in model.named_modules()}
+    found = [
+        ScoredLinear(f"{prefixes[module]}.weight", module, index)
+        for index, layer in enumerate(decoder_layers(model))
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and FACTOR in prefixes[module]
+    ]
+    if not found:
+        raise UserError(
+            f"--parameters {LORA}: the model has no LoRA adapter; give the adapter's folder (with adapter_config.json) "
+            "as --model"
+        )
+    return found
+
+
+def check_adapter(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError where an adapter has more than factors of linear layers of the decoder."""
+    factors = {factor.name for factor in _factors(model)}
+    others = [name for name, _ in model.named_parameters() if FACTOR in name and name not in factors]
+    if others:
+        raise UserError(
+            f"{name}: {others[0]} is no factor of a linear layer of the decoder; merge the adapter into its base model"
+        )
+
+
 def scored_linears(model: PreTrainedModel, parameters: str) -> list[ScoredLinear]:
-    """The weights of last-layers:K or all-linear, where all are linear layers.
+    """The weights of last-layers:K or all-linear, or of those that a pattern finds, where all are linear layers.
 
     Raises:
         UserError: a scored layer holds a weight of another kind.
@@ -204,9 +270,9 @@ def scored_linears(model: PreTrainedModel, parameters: str) -> list[ScoredLinear
 
 
 def scored_parameters(model: PreTrainedModel, parameters: str) -> dict[str, nn.Parameter]:
-    """Names and parameters of last-layers:K, all-linear, or all (norms, biases, embeddings and head included)."""
+    """Names and parameters of `scored_weights`, or all: with norms, biases, embeddings and head, without factors."""
     if parameters == "all":
-        return dict(model.named_parameters())
+        return {name: parameter for name, parameter in model.named_parameters() if FACTOR not in name}
     return {weight.name: weight.parameter for weight in scored_weights(model, parameters)}
 
 
@@ -217,10 +283,10 @@ def value_rows(linear: ScoredLinear, model: PreTrainedModel) -> torch.Tensor | N
         UserError: a fused projection of an unknown layout.
     """
     config = model.config.get_text_config()
-    short = linear.name.split(".")[-2]
+    short = linear.name.replace(BASE_LAYER, "").split(".")[-2]
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    out_features = linear.module.weight.shape[1 if linear.transposed else 0]
+    out_features = linear.parameter.shape[1 if linear.transposed else 0]
     if short == "v_proj":
         return torch.arange(out_features)
     if short == "qkv_proj":  # Phi-3: queries, then keys, then values

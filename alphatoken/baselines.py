@@ -10,6 +10,7 @@ import hashlib
 
 import torch
 
+from alphatoken.architecture import decoder
 from alphatoken.batching import Batch
 from alphatoken.head import HeadOutput
 from alphatoken.model import ScoringModel
@@ -19,12 +20,16 @@ from alphatoken.values import TokenValues
 @torch.no_grad()
 def forward_losses(scoring: ScoringModel, batch: Batch, entropy: bool = False) -> HeadOutput:
     """A plain forward pass with logits at predicting positions only."""
-    hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return scoring.head(hidden[batch.predicting], batch.targets, entropy=entropy)
 
 
 class Baseline:
-    """`loss`, `entropy`, `excess_loss` or `random` as adaptation; stability is zero."""
+    """`loss`, `entropy`, `excess_loss` (nats) or `random` as adaptation; stability is zero.
+
+    Raises:
+        ValueError: `excess_loss` without a reference model, or another signal with one.
+    """
 
     def __init__(
         self, scoring: ScoringModel, signal: str, reference: ScoringModel | None = None, seed: int = 0
@@ -38,8 +43,10 @@ class Baseline:
         if self.signal == "loss":
             value = head.losses
         elif self.signal == "entropy":
+            assert head.entropy is not None
             value = head.entropy
         elif self.signal == "excess_loss":
+            assert self.reference is not None
             value = head.losses - forward_losses(self.reference, batch).losses
         else:
             value = random_values(batch, self.seed).to(head.losses)

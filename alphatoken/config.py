@@ -5,12 +5,18 @@ Field descriptions are the command line's help texts. Unknown names and values o
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+
+from alphatoken.credentials import refuse_secrets
+from alphatoken.targets import files_by_target
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
-PARAMETERS_PATTERN = re.compile(r"^(last-layers:[1-9][0-9]*|all-linear|all)$")
+PARAMETERS_PATTERN = re.compile(r"(last-layers:[1-9][0-9]*|all-linear|all|lora|pattern:.+)", re.DOTALL)
+PARAMETERS = (
+    "last-layers:K, all-linear, all, lora (the factors of an adapter folder) or pattern:REGEX (of weights' names)"
+)
 
 Dtype = Literal["float32", "bfloat16"]
 EstimatorName = Literal["exact", "value_propagation", "loss", "entropy", "excess_loss", "random"]
@@ -21,15 +27,50 @@ Objective = Literal["sft", "dpo"]
 
 def check_parameters(value: str | None) -> str | None:
     """A validator: ValueError unless `value` is a set of parameters that we know."""
-    if value is not None and not PARAMETERS_PATTERN.match(value):
-        raise ValueError(f"{value!r} is not last-layers:K, all-linear or all")
+    if value is None:
+        return value
+    if not PARAMETERS_PATTERN.fullmatch(value):
+        raise ValueError(f"{value!r} is not {PARAMETERS}")
+    if value.startswith("pattern:"):
+        try:
+            re.compile(value.removeprefix("pattern:"))
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from error
     return value
 
 
-Parameters = Annotated[str, Field(description="what is scored: last-layers:K, all-linear or all")]
+def check_decoder_weights(value: str | None, who: str) -> None:
+    """ValueError where other weights than those of decoder layers are to be scored. `who`: what cannot do that."""
+    if value in ("all", "lora"):
+        raise ValueError(
+            f"{who} linear weights of the decoder layers, not {value}: use --parameters last-layers:K, all-linear or "
+            "pattern:REGEX"
+        )
 
 
-class StageConfig(BaseModel):
+Parameters = Annotated[str, Field(description=f"what is scored: {PARAMETERS}")]
+
+
+def check_targets(validation: list[str]) -> list[str]:
+    """A validator: ValueError unless all files have a target's name, or none."""
+    files_by_target(validation)
+    return validation
+
+
+Validation = Annotated[list[str], AfterValidator(check_targets)]
+
+
+class Settings(BaseModel):
+    """What all settings share: none of them may hold a secret."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, values: Any) -> Any:
+        refuse_secrets(values)
+        return values
+
+
+class StageConfig(Settings):
     """Shared by every stage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +79,7 @@ class StageConfig(BaseModel):
     overwrite: bool = Field(False, description="replace what a different earlier run left in the output folder")
 
 
-class DataOptions(BaseModel):
+class DataOptions(Settings):
     """How input rows become tokens."""
 
     columns: dict[str, str] = Field(
@@ -104,7 +145,9 @@ class DirectionOptions(DirectionShape):
 class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     """The validation direction G."""
 
-    validation: list[str] = Field(min_length=1, description="validation files of the target task")
+    validation: Validation = Field(
+        min_length=1, description="validation files of the target task; of several: name=file for every file"
+    )
     reference_model: str | None = Field(None, description="dpo: the reference; default: --model itself")
     parameters: Parameters = "all-linear"
 
@@ -121,7 +164,11 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
     objective: Literal["auto", "sft", "dpo"] = Field(
         "auto", description="sft: rows with responses; dpo: preference pairs; auto: by the columns of the first row"
     )
-    validation: list[str] = Field([], description="validation files of the target task; or give --direction")
+    validation: Validation = Field(
+        [],
+        description="validation files of the target task; or give --direction. Of several tasks: name=file for every "
+        "file; each gets a column adaptation.NAME, and adaptation is their sum",
+    )
     direction: str | None = Field(None, description="file that `alphatoken direction` wrote")
     reference_model: str | None = Field(
         None, description="model before training: for stability, excess_loss and pairs (there default: --model itself)"
@@ -132,7 +179,9 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
         "auto", description="exact: forward-mode AD or central difference; auto chooses by dtype and cost"
     )
     parameters: str | None = Field(
-        None, description="what is scored; default: the direction's, else all-linear (value_propagation: last-layers:3)"
+        None,
+        description=f"what is scored: {PARAMETERS}; default: the direction's, else all-linear (value_propagation: "
+        "last-layers:3)",
     )
     window: int = Field(32, ge=0, description="value_propagation: causal window in tokens")
     terms: bool = Field(False, description="value_propagation: also write the paper's four terms")
@@ -158,8 +207,12 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":
             raise ValueError("--terms needs --estimator value_propagation: only it has the paper's four terms")
-        if self.estimator == "value_propagation" and self.parameters == "all":
-            raise ValueError("value_propagation is defined on linear weights: use last-layers:K or all-linear")
+        if self.estimator == "value_propagation":
+            check_decoder_weights(self.parameters, "value_propagation is defined on")
+        if self.parameters == "lora" and self.fisher:
+            raise ValueError(
+                "--parameters lora has no stability: the reference model has no such factors; leave --fisher"
+            )
         low, _, high = self.num_actors.partition(":")
         if high and int(high) < int(low):
             raise ValueError(f"--num-actors {self.num_actors}: the maximum is below the minimum")
@@ -185,7 +238,21 @@ class MaskConfig(StageConfig):
     )
     protect: list[str] = Field([], description="token classes that are always kept, such as end-of-turn")
     stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda")
+    target_weights: dict[str, FiniteFloat] = Field(
+        {},
+        description="of a folder scored for several targets: weights of their values in the sum, as target=weight; "
+        "default 1 each",
+    )
     weights: bool = Field(False, description="also write soft weights: 1 where kept, by rank below 1 elsewhere")
+
+    @field_validator("target_weights", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """math=1,code=0.5 as one word is math=1 code=0.5."""
+        if not isinstance(value, dict) or not any(isinstance(item, str) and "," in item for item in value.values()):
+            return value
+        parts = [part.partition("=") for part in ",".join(f"{name}={item}" for name, item in value.items()).split(",")]
+        return {name: item for name, _, item in parts}
 
     @model_validator(mode="before")
     @classmethod

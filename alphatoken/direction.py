@@ -11,9 +11,10 @@ which is the paper's mean over validation tokens (Eq. 8); the two differ in what
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -41,11 +42,11 @@ Tensors = dict[str, torch.Tensor]  # parameter name -> float32 tensor in the par
 
 @dataclass(frozen=True)
 class GradientOptions:
-    """How a set of rows becomes one direction."""
+    """How a set of rows becomes one direction; the module says what each does to it."""
 
-    parameters: str = "all-linear"
+    parameters: str = "all-linear"  # last-layers:K | all-linear | all
     normalization: str = "token"  # token | sequence
-    positions: str = "all"  # all | response
+    positions: str = "all"  # all | response (Eq. 8)
     class_weights: torch.Tensor | None = None  # V float32: weight of each token id in the validation loss
 
 
@@ -91,6 +92,12 @@ class GradientSum:
             raise UserError(
                 "no validation token has a weight above zero, so there is no direction; check --class-weights"
             )
+        if not _all_finite(self.tensors):
+            raise UserError(
+                "the gradient of the validation rows is not finite (NaN or infinity), so there is no direction: the "
+                "model overflows on one of them; --normalization sequence leaves such rows out, --dtype float32 may "
+                "not overflow"
+            )
         mean = {name: tensor / self.weight for name, tensor in self.tensors.items()}
         return MeanGradient(mean, self.num_rows, self.num_tokens, self.weight)
 
@@ -98,10 +105,14 @@ class GradientSum:
 def mean_gradient(
     scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions, weigh: TokenWeights | None = None
 ) -> MeanGradient:
-    """The direction of `batches` (one example per batch where normalization is "sequence").
+    """The direction G of `batches` (one example per batch where normalization is "sequence").
+
+    It is a gradient, not a step: a step that helps goes against it. In nats per unit of weight with normalization
+    "token", without a unit with "sequence".
 
     Raises:
-        UserError: no validation token has weight, or `positions` does not fit `parameters`.
+        UserError: no validation token has weight, the gradient is not finite, or `positions` does not fit
+            `parameters`.
     """
     return gradient_sum(scoring, batches, options, weigh).mean()
 
@@ -119,8 +130,10 @@ def gradient_sum(
         gradient, weight = batch_gradient(scoring, batch, options, weigh)
         if options.normalization == "sequence":
             assert batch.input_ids.shape[0] == rows_per_example, "per-sequence normalisation needs one row per batch"
-            length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
-            usable = bool(weight) and bool(length)
+            length = torch.sqrt(cast(torch.Tensor, sum(g.square().sum() for g in gradient.values())))
+            usable = bool(weight) and 0 < float(length) < math.inf
+            if not torch.isfinite(length):
+                logger.warning("a validation row was left out: its gradient is not finite (NaN or infinity)")
             gradient = {name: g / length if usable else torch.zeros_like(g) for name, g in gradient.items()}
             weight = float(usable)
         add_into(total, gradient)
@@ -189,6 +202,7 @@ def _gradient_by_autograd(
             weight_gradient=head_gradient,
             token_weights=weights,
         )
+        assert head.hidden_gradient is not None
         upstream = head.hidden_gradient if weights is None else head.hidden_gradient * weights[:, None].to(hidden.dtype)
         gradients = torch.autograd.grad(predicting, list(parameters.values()), upstream, allow_unused=True)
     finally:
@@ -212,7 +226,11 @@ def second_moments(
     options = GradientOptions(parameters=parameters)
     for batch in batches:
         gradient, weight = batch_gradient(scoring, batch, options, weigh)
-        add_into(total, {name: (g / max(weight, 1.0)).square() for name, g in gradient.items()})
+        squares = {name: (g / max(weight, 1.0)).square() for name, g in gradient.items()}
+        if not _all_finite(squares):
+            logger.warning("a training batch was left out of the preconditioner: its gradient is not finite")
+            continue
+        add_into(total, squares)
         count += 1
     if not count:
         raise UserError("the AdamW preconditioner needs at least one training row; check --preconditioner-data")
@@ -242,6 +260,10 @@ def drift(scoring: ScoringModel, reference: Tensors, fisher: Tensors) -> Tensors
         moved = parameters[name].detach().float() - reference[name].to(parameters[name].device).float()
         result[name] = importance.to(moved.device) * moved
     return result
+
+
+def _all_finite(tensors: Tensors) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def add_into(total: Tensors, more: Tensors) -> None:

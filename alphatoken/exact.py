@@ -5,25 +5,30 @@
 
 Only layers from the first scored one on pay: the trunk below has no tangent (forward) or is shared (central).
 Adaptation is along the direction, stability along the drift. M may be any direction in any set of weights.
+
+Several directions share the trunk. In forward mode they share the head's gradient too and, where there are several
+targets, the layers' own forward pass (hidden_tangent.py): each adds a tangent pass, two of the three products. A
+central difference has nothing more to share: each adds its own two passes.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from alphatoken.architecture import decoder, decoder_layers, first_scored_layer
-from alphatoken.attention import differentiable
 from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
-from alphatoken.experts import FixedRouting, differentiable_experts, is_routed
+from alphatoken.experts import FixedRouting, is_routed
+from alphatoken.hidden_tangent import HiddenTangents, hidden_tangent
 from alphatoken.model import ScoringModel
-from alphatoken.tangent_linear import Stacked, stacked_tangents, stacked_weights, wide_products
+from alphatoken.tangent_linear import stacked_weights, wide_products
+from alphatoken.targets import ADAPTATION, target_column
 from alphatoken.trunk import Trunk
-from alphatoken.values import TokenValues
+from alphatoken.values import Targets, TokenValues, adaptation_of, by_column
 
 # Central steps that are tried, as shares of the weights' norm. Truncation grows with the step's square, rounding with
 # its inverse, and where they meet differs by a factor of a thousand: a real model bends far more along its own gradient
@@ -49,16 +54,26 @@ def choose_method(method: str, dtype: torch.dtype) -> str:
 
 
 class Exact:
-    """Exact values along `direction` and, where given, `drift` (both by parameter name).
+    """Exact values along `direction`, or several targets, and, where given, `drift` (all by parameter name).
 
-    central_step: of the direction, as another estimator of it has found it; default: it is looked for.
+    The value <grad l_t, M> of each response token t of a batch, to first order: what a step of gradient descent on
+    l_t, at a learning rate of 1, takes off the validation loss, in nats, if M is the gradient of that. The paper
+    estimates it otherwise (Eqs. 8 and 9): see ValuePropagation.
+
+    Args:
+        parameters: the weights that values are about, as in the direction: last-layers:K, all-linear or all.
+        method: forward, central, or auto (`choose_method`).
+        central_step: of the direction, as another estimator of it has found it; default: it is looked for.
+
+    Raises:
+        UserError: the method does not fit the model's dtype, or a weight is of a kind that cannot be scored.
     """
 
     def __init__(
         self,
         scoring: ScoringModel,
         parameters: str,
-        direction: Tensors,
+        direction: Tensors | Targets,
         drift: Tensors | None = None,
         method: str = "auto",
         central_step: float | None = None,
@@ -67,23 +82,31 @@ class Exact:
         self.layers = decoder_layers(scoring.model)
         self.first_layer = None if parameters == "all" else first_scored_layer(scoring.model, parameters)
         self.method = choose_method(method, scoring.dtype)
-        directions = {"adaptation": direction} | ({} if drift is None else {"stability": drift})
+        directions = by_column(direction) | ({} if drift is None else {"stability": drift})
+        self.shared: HiddenTangents | None = None
         if self.method == "forward":
             wide = wide_products(scoring.device, scoring.dtype)
             self.tangents = {}
             for name, tensors in directions.items():
                 stacked, others = stacked_weights(scoring.model, tensors) if wide else ({}, tensors)
                 self.tangents[name] = stacked, self._tangent(others)
+            if isinstance(direction, Targets) and len(directions) > 1 and not wide:
+                self.shared = HiddenTangents(scoring, {name: own for name, (_, own) in self.tangents.items()})
+                self.tangents = {name: ({}, own) for name, own in self.shared.parts.items()}
         else:
-            self.central_step = central_step or self._relative_step(direction)
-            known = {"adaptation": self.central_step}
+            if isinstance(direction, Targets):
+                known = {target_column(name): step for name, step in direction.central_steps.items()}
+            else:
+                self.central_step = central_step or self._relative_step(direction)
+                known = {ADAPTATION: self.central_step}
             self.steps = {name: self._perturbed(tensors, known.get(name)) for name, tensors in directions.items()}
 
     def __call__(self, batch: Batch) -> TokenValues:
         run = self._forward_mode if self.method == "forward" else self._central
         values, logprobs = run(batch)
-        stability = values.get("stability", torch.zeros_like(logprobs))
-        return TokenValues(values["adaptation"], stability, logprobs)
+        stability = values.pop("stability", torch.zeros_like(logprobs))
+        adaptation, targets = adaptation_of(values)
+        return TokenValues(adaptation, stability, logprobs, targets)
 
     def _tangent(self, tensors: Tensors) -> Tensors:
         return {name: tensor.to(self.scoring.device, self.scoring.dtype) for name, tensor in tensors.items()}
@@ -92,28 +115,37 @@ class Exact:
 
     @torch.no_grad()
     def _forward_mode(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        values, logprobs, trunk = {}, None, Trunk(self.layers, self.first_layer)
-        for name, (stacked, tangents) in self.tangents.items():
-            primal, tangent = hidden_tangent(self.scoring, batch, tangents, trunk, stacked)
-            values[name], losses = self._loss_tangent(primal, tangent, batch.targets, tangents)
-            logprobs = -losses
-        return values, logprobs
+        trunk = Trunk(self.layers, self.first_layer)
+        values: dict[str, torch.Tensor] = {}
+        head = None
+        for name, primal, tangent in self._hidden_tangents(batch, trunk):
+            own = self._head_tangents(self.tangents[name][1])
+            if head is None or own is not None:
+                head = self.scoring.head(primal, batch.targets, gradient=True, tangents=own)
+            assert head.hidden_gradient is not None
+            values[name] = (head.hidden_gradient * tangent).sum(-1, dtype=head.losses.dtype)
+            if head.weight_tangent is not None:
+                values[name] = values[name] + head.weight_tangent
+        assert head is not None, "no direction"
+        return values, -head.losses
 
-    def _loss_tangent(
-        self, primal: torch.Tensor, tangent: torch.Tensor, targets: torch.Tensor, tangents: Tensors
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """dl/dh . h', and the head's own part where the head's weight is scored: (N, losses N)."""
+    def _hidden_tangents(self, batch: Batch, trunk: Trunk) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(name, final hidden states ND, their derivative ND) of each direction."""
+        if self.shared is not None and (found := self.shared(batch, trunk)) is not None:
+            primal, derivatives = found
+            yield from ((name, primal, derivative) for name, derivative in zip(self.tangents, derivatives, strict=True))
+            return
+        for name, (stacked, tangents) in self.tangents.items():
+            yield name, *hidden_tangent(self.scoring, batch, tangents, trunk, stacked)
+
+    def _head_tangents(self, tangents: Tensors) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Of the head's own weight and bias; None where they are not scored."""
         projection = self.scoring.head.projection
-        weight = tangent_of(self.scoring.model, projection.weight, tangents)
+        weight = tangent_of(self.scoring.model, cast(nn.Parameter, projection.weight), tangents)
         bias = tangent_of(self.scoring.model, projection.bias, tangents)
         if weight is None and bias is not None:
             weight = torch.zeros_like(projection.weight)
-        head_tangents = None if weight is None else (weight, bias)
-        head = self.scoring.head(primal, targets, gradient=True, tangents=head_tangents)
-        value = (head.hidden_gradient * tangent).sum(-1, dtype=head.losses.dtype)
-        if head.weight_tangent is not None:
-            value = value + head.weight_tangent
-        return value, head.losses
+        return None if weight is None else (weight, bias)
 
     # central difference
 
@@ -177,6 +209,7 @@ class Exact:
             values[name] = (above - below) / (2 * eps)
             if logprobs is None:  # the mean of both sides: off by eps^2 l'' / 2 (see the test of its size)
                 logprobs = -(above + below) / 2
+        assert logprobs is not None, "no direction"
         return values, logprobs
 
     def _routing(self, batch: Batch, trunk: Trunk) -> tuple[AbstractContextManager, torch.Tensor | None]:
@@ -194,38 +227,6 @@ class Exact:
             return self.scoring.head(hidden[batch.predicting], batch.targets).losses
 
 
-@torch.no_grad()
-def hidden_tangent(
-    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: Trunk, stacked: Stacked | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(final hidden states at the predicting positions, their derivative along `tangents`), each ND.
-
-    stacked: layers whose tangents are in there instead.
-    """
-    duals, experts = dual_weights(scoring.model, tangents), differentiable_experts(scoring.model)
-    with forward_ad.dual_level(), duals, stacked_tangents(stacked or {}), differentiable(), experts, trunk:
-        try:
-            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        except NotImplementedError as error:
-            raise UserError(
-                f"{_raising_module(scoring.model, error)} has no forward-mode derivative: use --method central"
-            ) from error
-        predicting = forward_ad.unpack_dual(hidden[batch.predicting])
-        primal, tangent = predicting.primal.clone(), predicting.tangent
-        return primal, torch.zeros_like(primal) if tangent is None else tangent.clone()
-
-
-def _raising_module(model: nn.Module, error: BaseException) -> str:
-    """Name and class of the innermost module of the model in the error's traceback."""
-    names = {module: name for name, module in model.named_modules()}
-    found, traceback = model, error.__traceback__
-    while traceback is not None:
-        inside = traceback.tb_frame.f_locals.get("self")
-        found = inside if isinstance(inside, nn.Module) and inside in names else found
-        traceback = traceback.tb_next
-    return f"{names[found]} ({type(found).__name__})" if found is not model else type(model).__name__
-
-
 @contextmanager
 def swapped_weights(model: nn.Module, weights: Tensors) -> Iterator[None]:
     """The named parameters have other values inside."""
@@ -238,26 +239,6 @@ def swapped_weights(model: nn.Module, weights: Tensors) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             parameters[name].data = original
-
-
-@contextmanager
-def dual_weights(model: nn.Module, tangents: Tensors) -> Iterator[None]:
-    """The named parameters carry their tangent inside, in every module that uses them (tied weights too)."""
-    named = dict(model.named_parameters())
-    duals = {id(named[name]): forward_ad.make_dual(named[name].detach(), tangent) for name, tangent in tangents.items()}
-    places = [
-        (module, key, parameter)
-        for module in model.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None and id(parameter) in duals
-    ]
-    try:
-        for module, key, parameter in places:
-            module._parameters[key] = duals[id(parameter)]
-        yield
-    finally:
-        for module, key, parameter in places:
-            module._parameters[key] = parameter
 
 
 def tangent_of(model: nn.Module, parameter: nn.Parameter | None, tangents: Tensors) -> torch.Tensor | None:

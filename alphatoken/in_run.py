@@ -20,17 +20,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from alphatoken import direction as directions
-from alphatoken.architecture import decoder_layers, first_scored_layer
+from alphatoken.architecture import decoder, decoder_layers, first_scored_layer
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.attention import recording
 from alphatoken.batching import Batch
 from alphatoken.capture import Captured, capturing, check_all_ran
 from alphatoken.errors import UserError
-from alphatoken.exact import Trunk, hidden_tangent
 from alphatoken.head import LossHead, TrainedLosses, check_head
+from alphatoken.hidden_tangent import hidden_tangent
 from alphatoken.model import ScoringModel
 from alphatoken.selection import keep_count
 from alphatoken.suspects import TokenLosses, validation_losses
+from alphatoken.trunk import Trunk
 from alphatoken.value_propagation import ValuePropagation
 
 ESTIMATORS = ("value_propagation", "exact")
@@ -50,7 +51,7 @@ class InRun:
     def __init__(self, model: PreTrainedModel, estimator: str, parameters: str, window: int = 32) -> None:
         if estimator not in ESTIMATORS:
             raise UserError(f"--in-run knows the estimators {' and '.join(ESTIMATORS)}, not {estimator}")
-        if parameters == "all":
+        if parameters in ("all", "lora"):
             raise UserError("--in-run scores linear weights: use --parameters last-layers:K or all-linear")
         without_dropout(model)
         model.set_attn_implementation(ATTENTION)
@@ -59,8 +60,8 @@ class InRun:
             raise UserError(f"--in-run does not know output heads with a bias, as {type(model).__name__} has")
         check_head(model, head)
         self.parameters = parameters
-        self.scoring = ScoringModel(model, head)
-        self._watch = (
+        self.scoring: ScoringModel = ScoringModel(model, head)
+        self._watch: _Propagation | _Tangent = (
             _Propagation(self.scoring, parameters, window)
             if estimator == "value_propagation"
             else _Tangent(self.scoring, parameters)
@@ -73,7 +74,7 @@ class InRun:
         """
         valued = valued and self._watch.ready
         with torch.enable_grad(), self._watch.watching() if valued else nullcontext():
-            hidden = self.scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder(self.scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             predicting = hidden[batch.predicting]
         weight = self.scoring.head.projection.weight
         losses, gradient = TrainedLosses.apply(predicting, weight, batch.targets, self.scoring.head)
@@ -85,9 +86,7 @@ class InRun:
         with _frozen(self.scoring.model):
             return self.forward(batch)
 
-    def mean_gradient(
-        self, batches: Iterable[Batch], options: directions.GradientOptions
-    ) -> directions.MeanGradient:
+    def mean_gradient(self, batches: Iterable[Batch], options: directions.GradientOptions) -> directions.MeanGradient:
         """The validation direction at the current weights."""
         with _frozen(self.scoring.model):
             return directions.mean_gradient(self.scoring, batches, options)

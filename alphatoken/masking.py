@@ -3,8 +3,8 @@
 R rows, P positions of all rows, N response tokens among them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,9 @@ import pyarrow as pa
 from alphatoken import schema, selection
 from alphatoken.errors import UserError
 from alphatoken.suspects import Bounds, TokenLosses
+from alphatoken.targets import ADAPTATION, target_column
 
+COMBINED = ("", "chosen_", "rejected_", "mean_")  # prefixes of the columns that targets are combined in
 TOKEN_COLUMNS = ("input_ids", "adaptation", "stability")
 STAYS, DROPPED, SUSPECT, NOT_FINITE, NO_RESPONSE = range(5)  # what becomes of a row
 
@@ -31,6 +33,7 @@ class MaskPlan:
     threshold: float | None = None  # one for the data set; None: one per response
     bounds: Bounds | None = None  # instead of a share: suspect tokens and rows are dropped
     bounds_and_value: bool = True  # with bounds: only tokens of a negative value are
+    target_weights: Mapping[str, float] = field(default_factory=dict)  # by target; empty: adaptation as it was scored
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
         weights = np.zeros(len(values), dtype=np.float32)
         weights[response_mask] = selection.soft_weights(values[response_mask], keep, response_offsets)
         columns.append(weights)
-    for field, column in zip([*schema.MASKED_EXTRA, schema.WEIGHTS], columns, strict=False):
-        rows = rows.append_column(field, _lists(offsets, column, field.type))
+    for new, column in zip([*schema.MASKED_EXTRA, schema.WEIGHTS], columns, strict=False):
+        rows = rows.append_column(new, _lists(offsets, column, new.type))
 
     counts = {
         "rows_in": table.num_rows,
@@ -112,6 +115,7 @@ def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
 def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
     """True (N,) for the response tokens that the bounds let through. Every row needs one."""
     _, values, response_mask = _values(table, plan, source)
+    assert plan.bounds is not None and plan.class_of_token is not None
     found = losses_of(table, plan.class_of_token)
     return plan.bounds.keep(found, values[response_mask] if plan.bounds_and_value else None)
 
@@ -153,7 +157,9 @@ def value_digits(table: pa.Table, plan: MaskPlan, source: str) -> list[np.ndarra
     _, values, response_mask = _values(table, plan, source)
     values = values[response_mask]
     if plan.protected_classes is not None:
-        values = values[~_protected(flat(table, "input_ids")[response_mask], plan)]
+        protected = _protected(flat(table, "input_ids")[response_mask], plan)
+        assert protected is not None
+        values = values[~protected]
     return selection.float_digits(values)
 
 
@@ -180,6 +186,33 @@ def common_threshold(keep_fraction: float, count: Count) -> float:
     return selection.digits_to_float(*key) if key else np.inf
 
 
+def combined(table: pa.Table, weights: Mapping[str, float]) -> pa.Table:
+    """A SCORED or SCORED_PAIRS table whose adaptation and mean_adaptation are the weighted sums over targets.
+
+    Columns that the table lacks are left alone, so a part of the columns can be combined. Summed in float64.
+    """
+    for prefix in COMBINED if weights else ():
+        name = prefix + ADAPTATION
+        if name not in table.column_names:
+            continue
+        summed = table.field(name)
+        is_list = pa.types.is_list(summed.type)
+        total = np.zeros(1)
+        for target, weight in weights.items():
+            own = prefix + target_column(target)
+            total = total + weight * (flat(table, own) if is_list else table[own].to_numpy()).astype(np.float64)
+        total = total.astype(np.float32)
+        values = _lists(offsets_of(table, name), total, summed.type) if is_list else pa.array(total)
+        table = table.set_column(table.column_names.index(name), summed, values)
+    return table
+
+
+def with_targets(columns: Sequence[str], weights: Mapping[str, float]) -> list[str]:
+    """The columns, and those of the targets that `combined` needs for them."""
+    prefixes = [name.removesuffix(ADAPTATION) for name in columns if name.endswith(ADAPTATION)]
+    return [*columns, *(prefix + target_column(target) for prefix in prefixes for target in weights)]
+
+
 def flat(table: pa.Table, name: str) -> np.ndarray:
     """The values of a list column, one row after the other."""
     return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -188,6 +221,7 @@ def flat(table: pa.Table, name: str) -> np.ndarray:
 def _protected(token_ids: np.ndarray, plan: MaskPlan) -> np.ndarray | None:
     if plan.protected_classes is None:
         return None
+    assert plan.class_of_token is not None
     return selection.tokens_of_classes(token_ids, plan.class_of_token, plan.protected_classes)
 
 

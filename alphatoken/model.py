@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from alphatoken.adapters import base_of, is_adapter, with_adapter
+from alphatoken.architecture import check_adapter
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
@@ -46,22 +48,42 @@ def default_device() -> torch.device:
 def load_model(
     name: str, dtype: str = "auto", device: torch.device | None = None, trust_remote_code: bool = False
 ) -> ScoringModel:
-    """A causal LM from a folder or hub name, ready to score.
+    """A causal LM from a folder or hub name, or an adapter folder's base model with the adapter in it, ready to score.
+
+    Args:
+        name: also `smollm2-135m-instruct`, the embedded model.
+        dtype: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU.
+        device: default: the GPU where there is one.
 
     Raises:
         UserError: it cannot be loaded, or its output head is of an unknown kind.
     """
     device = device or default_device()
+    base = base_of(resolve_model(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
-            dtype=resolve_dtype(dtype, device),
-            attn_implementation=ATTENTION,
-            trust_remote_code=trust_remote_code,
-        )
+        model = _from_pretrained(base, resolve_dtype(dtype, device), trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error
+        what = f"model {name!r}" if base == resolve_model(name) else f"{base!r}, the base model of adapter {name!r}"
+        raise UserError(f"cannot load {what}: {first_line(error)}") from error
+    if is_adapter(name):
+        model = with_adapter(model, name)
+        check_adapter(model, name)
     return prepare_model(model.to(device))
+
+
+def _from_pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """With our attention; with eager attention where a model knows no other than its own (Falcon, GPT-J ...).
+
+    Such a model looks its attention up in a table of names. `prepare_model` then tells it ours, as any other.
+    """
+    folder = resolve_model(name)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=ATTENTION, **options)
+    except KeyError as error:
+        if error.args != (ATTENTION,):
+            raise
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
 
 
 def prepare_model(model: PreTrainedModel) -> ScoringModel:

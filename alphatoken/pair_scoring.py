@@ -11,6 +11,7 @@ a signal, not by a gradient, and stay as they are.
 R pairs, N response tokens of a batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,8 @@ from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import ScoringModel
 from alphatoken.schema import BRANCHES
-from alphatoken.scoring import ScoredColumns, list_column, lists, score_columns
+from alphatoken.scoring import NOT_FINITE, ScoredColumns, list_column, lists, score_columns
+from alphatoken.targets import target_columns
 from alphatoken.values import Estimator, TokenValues
 
 REFERENCE = "ref_logprobs"
@@ -67,8 +69,8 @@ class PairWeights:
 
 def pair_weights(logps: dict[str, np.ndarray], ref_logps: dict[str, np.ndarray], beta: float) -> PairWeights:
     """omega from log-probabilities of whole responses: (R,) each, by branch."""
-    ratios = [torch.from_numpy(logps[branch] - ref_logps[branch]) for branch in BRANCHES]
-    return PairWeights(ref_logps["chosen"], ref_logps["rejected"], dpo_omega(*ratios, beta).numpy())
+    chosen, rejected = (torch.from_numpy(logps[branch] - ref_logps[branch]) for branch in BRANCHES)
+    return PairWeights(ref_logps["chosen"], ref_logps["rejected"], dpo_omega(chosen, rejected, beta).numpy())
 
 
 def score_pair_table(
@@ -78,15 +80,18 @@ def score_pair_table(
     device: torch.device,
     beta: float,
     terms: bool = False,
+    targets: Sequence[str] = (),
 ) -> tuple[pa.Table, dict[int, str], int]:
-    """An ENCODED_PAIRS table (other columns are carried along) to SCORED_PAIRS columns.
+    """An ENCODED_PAIRS table (other columns are carried along) to SCORED_PAIRS columns, and those of named targets.
 
     Returns (table, {row index: reason} of pairs to quarantine, computed positions with padding). A pair fails with
     either of its branches. Raises as `score_columns` does.
     """
     prompts = lists(table["prompt_ids"])
     responses = {branch: lists(table[f"{branch}_ids"]) for branch in BRANCHES}
-    scored = _score_branches(prompts, responses, table["row_id"].to_pylist(), estimator, batch_tokens, device, terms)
+    own = target_columns(targets)
+    more = (*(schema.TERMS if terms else ()), *own, REFERENCE)
+    scored = _score_branches(prompts, responses, table["row_id"].to_pylist(), estimator, batch_tokens, device, more)
     pairs = len(prompts)
     lengths = {branch: np.array([len(row) for row in responses[branch]], dtype=np.int64) for branch in BRANCHES}
     columns = _split(scored.flat, prompts, responses)
@@ -99,8 +104,9 @@ def score_pair_table(
     if estimator.signed:
         for branch, sign in zip(BRANCHES, (1.0, -1.0), strict=True):
             factor = np.repeat(sign * weights.omega, lengths[branch]).astype(np.float32)
-            for name in valued:
-                columns[branch][name] = columns[branch][name] * factor
+            with np.errstate(over="ignore"):  # found below
+                for name in valued:
+                    columns[branch][name] = columns[branch][name] * factor
     added: dict[str, pa.Array] = {
         f"{branch}_{name}": list_column(values, lengths[branch])
         for branch in BRANCHES
@@ -111,16 +117,17 @@ def score_pair_table(
         "ref_rejected_logps": pa.array(weights.ref_rejected),
         "omega": pa.array(weights.omega.astype(np.float32)),
     }
-    added |= _means(columns, lengths)
+    added |= _means(columns, lengths, own)
     extra = [name for name in table.column_names if name not in schema.ENCODED_PAIRS.names]
     found = [(field.name, table[field.name]) for field in schema.ENCODED_PAIRS]
     found += [(field.name, added.pop(field.name)) for field in schema.SCORED_PAIRS if field.name in added]
     found += [*added.items(), *((name, table[name]) for name in extra)]
-    failures = {index % pairs: reason for index, reason in scored.failures.items()}
+    failures = {index: NOT_FINITE for index in _not_finite(columns, lengths)}  # omega is above 1 where beta is
+    failures |= {index % pairs: reason for index, reason in scored.failures.items()}
     return pa.table(dict(found)), failures, scored.computed_positions
 
 
-def _score_branches(prompts, responses, row_ids, estimator, batch_tokens, device, terms) -> ScoredColumns:
+def _score_branches(prompts, responses, row_ids, estimator, batch_tokens, device, more) -> ScoredColumns:
     """All chosen rows, then all rejected ones, as ordinary rows of prompt and response."""
     rows = [
         np.concatenate([prompt, row])
@@ -133,7 +140,6 @@ def _score_branches(prompts, responses, row_ids, estimator, batch_tokens, device
         for prompt, row in zip(prompts, responses[branch], strict=True)
     ]
     numbers = [2 * row_id + side for side in range(len(BRANCHES)) for row_id in row_ids]  # for `random`
-    more = (*(schema.TERMS if terms else ()), REFERENCE)
     owners = [*range(len(prompts))] * len(BRANCHES)
     return score_columns(rows, masks, numbers, estimator, batch_tokens, device, more=more, owners=owners)
 
@@ -156,19 +162,31 @@ def _split(flat: dict[str, np.ndarray], prompts, responses) -> dict[str, dict[st
     }
 
 
+def _not_finite(columns: dict[str, dict[str, np.ndarray]], lengths: dict[str, np.ndarray]) -> list[int]:
+    """Indices of pairs with a value that is not."""
+    bad = np.zeros(len(lengths["chosen"]), dtype=bool)
+    for branch in BRANCHES:
+        owners = np.repeat(np.arange(len(bad)), lengths[branch])
+        for values in columns[branch].values():
+            bad[owners[~np.isfinite(values)]] = True
+    return np.flatnonzero(bad).tolist()
+
+
 def _row_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(R,) float64. No row is empty."""
     return np.add.reduceat(values.astype(np.float64), np.cumsum(lengths) - lengths) if len(lengths) else np.zeros(0)
 
 
-def _means(columns: dict[str, dict[str, np.ndarray]], lengths: dict[str, np.ndarray]) -> dict[str, pa.Array]:
+def _means(
+    columns: dict[str, dict[str, np.ndarray]], lengths: dict[str, np.ndarray], targets: list[str]
+) -> dict[str, pa.Array]:
     """Means over the response tokens of both branches."""
     counts = lengths["chosen"] + lengths["rejected"]
 
     def mean(name: str) -> np.ndarray:
         return sum(_row_sums(columns[branch][name], lengths[branch]) for branch in BRANCHES) / np.maximum(counts, 1)
 
-    found = {f"mean_{name}": mean(name) for name in VALUES} | {"mean_loss": -mean("logprobs")}
+    found = {f"mean_{name}": mean(name) for name in (*VALUES, *targets)} | {"mean_loss": -mean("logprobs")}
     return {"num_response_tokens": pa.array(counts.astype(np.int32))} | {
         name: pa.array(values.astype(np.float32)) for name, values in found.items()
     }

@@ -24,6 +24,7 @@ import torch
 
 from alphatoken import direction as directions
 from alphatoken import schema, tensor_file
+from alphatoken.adapters import is_adapter
 from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import Baseline
 from alphatoken.batching import Batch, make_batch, plan_batches
@@ -32,8 +33,9 @@ from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.readers import first_line
+from alphatoken.targets import target_columns
 from alphatoken.value_propagation import ValuePropagation
-from alphatoken.values import Estimator
+from alphatoken.values import Estimator, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +60,31 @@ def build_estimator(config: ScoreConfig, scoring: ScoringModel, direction_path: 
     if config.estimator in ("loss", "entropy", "random"):
         return Baseline(scoring, config.estimator, seed=config.seed)
     if config.estimator == "excess_loss":
+        assert config.reference_model is not None
         return Baseline(scoring, "excess_loss", load_model(config.reference_model, config.dtype, scoring.device))
+    assert direction_path is not None
     direction = tensor_file.load(direction_path, "direction")
     parameters = config.parameters or direction.provenance.parameters
     tensor_file.check_matches(direction.provenance, direction_path, fingerprint(scoring.model), parameters)
     check_covers(direction, direction_path, scoring, parameters)
     drift = _drift(config, scoring, parameters, direction.group("scale"))
+    tangents: directions.Tensors | Targets = direction.group("direction")
+    if targets := direction.provenance.targets:
+        steps = {name: target["central_step"] for name, target in targets.items() if scoring.dtype == torch.float32}
+        tangents = Targets(direction.groups(), steps)
     if config.estimator == "exact":
         step = direction.provenance.central_step if scoring.dtype == torch.float32 else None
-        return Exact(scoring, parameters, direction.group("direction"), drift, config.method, step)
-    return ValuePropagation(scoring, parameters, direction.group("direction"), drift, config.window)
+        return Exact(scoring, parameters, tangents, drift, config.method, step)
+    return ValuePropagation(scoring, parameters, tangents, drift, config.window)
 
 
 def check_covers(file: tensor_file.TensorFile, path: str, scoring: ScoringModel, parameters: str) -> None:
     """Every scored weight must be in the file, in its shape."""
-    found = file.group(file.provenance.kind)
-    for name, parameter in scored_parameters(scoring.model, parameters).items():
-        if name not in found or found[name].shape != parameter.shape:
-            raise UserError(f"{path} has no {file.provenance.kind} for {name} of shape {tuple(parameter.shape)}")
+    for target, found in file.groups().items():
+        what = tensor_file.group_of(file.provenance.kind, target)
+        for name, parameter in scored_parameters(scoring.model, parameters).items():
+            if name not in found or found[name].shape != parameter.shape:
+                raise UserError(f"{path} has no {what} for {name} of shape {tuple(parameter.shape)}")
 
 
 def _drift(
@@ -83,6 +92,12 @@ def _drift(
 ) -> directions.Tensors | None:
     if not config.fisher:
         return None
+    if is_adapter(config.model):
+        raise UserError(
+            f"{config.model} is a LoRA adapter, whose base weights have not moved: for stability merge it into its "
+            "base model and score that"
+        )
+    assert config.reference_model is not None
     reference = load_model(config.reference_model, config.dtype, scoring.device)
     fisher = tensor_file.load(config.fisher, "fisher")
     tensor_file.check_matches(fisher.provenance, config.fisher, fingerprint(reference.model), parameters)
@@ -106,7 +121,7 @@ def score_columns(
     input_ids: list[np.ndarray],
     response_masks: list[np.ndarray],
     row_ids: list[int],
-    estimator: Callable[[Batch], object],
+    estimator: Estimator,
     batch_tokens: int,
     device: torch.device,
     terms: bool = False,
@@ -233,21 +248,23 @@ def _reason(error: Exception, length: int) -> str:
 
 def score_table(
     table: pa.Table,
-    estimator: Callable[[Batch], object],
+    estimator: Estimator,
     batch_tokens: int,
     device: torch.device,
     terms: bool = False,
+    targets: Sequence[str] = (),
 ) -> tuple[pa.Table, dict[int, str], int]:
-    """An ENCODED table (other columns are carried along) to SCORED columns.
+    """An ENCODED table (other columns are carried along) to SCORED columns, and those of named targets.
 
     Returns (table, {row index: reason} of rows to quarantine, computed positions with padding).
     """
     ids = lists(table["input_ids"])
     masks = lists(table["response_mask"])
-    scored = score_columns(ids, masks, table["row_id"].to_pylist(), estimator, batch_tokens, device, terms)
+    own = target_columns(targets)
+    scored = score_columns(ids, masks, table["row_id"].to_pylist(), estimator, batch_tokens, device, terms, own)
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     added: dict[str, pa.Array] = {name: list_column(values, lengths) for name, values in scored.flat.items()}
-    added |= _row_means(scored.flat, masks)
+    added |= _row_means(scored.flat, masks, own)
     extra = [name for name in table.column_names if name not in schema.ENCODED.names]
     columns = [(f.name, table[f.name]) for f in schema.ENCODED]
     columns += [(f.name, added.pop(f.name)) for f in schema.SCORED if f.name in added]
@@ -255,7 +272,7 @@ def score_table(
     return pa.table(dict(columns)), scored.failures, scored.computed_positions
 
 
-def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str, pa.Array]:
+def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray], targets: list[str]) -> dict[str, pa.Array]:
     """Means over response tokens. Values are zero outside the response, so sums over whole rows serve."""
     lengths = np.array([len(mask) for mask in masks], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -270,6 +287,7 @@ def _row_means(flat: dict[str, np.ndarray], masks: list[np.ndarray]) -> dict[str
         "mean_adaptation": mean(flat["adaptation"]),
         "mean_stability": mean(flat["stability"]),
         "mean_loss": mean(-flat["logprobs"]),
+        **{f"mean_{name}": mean(flat[name]) for name in targets},
     }
 
 

@@ -24,13 +24,18 @@ class Provenance:
 
     kind: str  # direction or fisher
     model_fingerprint: str
-    parameters: str  # last-layers:K, all-linear or all
+    parameters: str  # as --parameters: last-layers:K, all-linear ...
     data_fingerprint: str
     num_rows: int
     num_tokens: int
     options: dict = field(default_factory=dict)
     health: dict = field(default_factory=dict)  # of a direction: see direction_health.py
     central_step: float | None = None  # of a float32 direction: see Exact; so that all actors take the same
+
+    @property
+    def targets(self) -> dict[str, dict]:
+        """What is known of each named target by its name; empty where there is one without a name."""
+        return self.options.get("targets", {})
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,20 @@ class TensorFile:
     provenance: Provenance
     tensors: dict[str, torch.Tensor]
 
+    def groups(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of the file's kind by name of the target; one target without a name is ''."""
+        kind = self.provenance.kind
+        return {target: self.group(group_of(kind, target)) for target in self.provenance.targets or ("",)}
+
     def group(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one group by parameter name; empty where the file has none."""
         prefix = f"{name}/"
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def group_of(kind: str, target: str) -> str:
+    """The group that holds the tensors of a target."""
+    return f"{kind}.{target}" if target else kind
 
 
 def save(path: str, contents: TensorFile) -> None:

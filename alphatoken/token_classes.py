@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from alphatoken.adapters import base_of
 from alphatoken.errors import UserError
 from alphatoken.schema import TOKEN_CLASSES
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
@@ -80,7 +81,7 @@ def class_ids(table: pa.Table) -> np.ndarray:
 
 def model_token_classes(model: str, trust_remote_code: bool = False) -> pa.Table:
     """`token_class_table` of a model's tokenizer and vocabulary."""
-    tokenizer, config = load_tokenizer(model, trust_remote_code), load_config(model, trust_remote_code)
+    tokenizer, config = load_tokenizer(model, trust_remote_code), load_config(base_of(model), trust_remote_code)
     return token_class_table(tokenizer, end_of_turn_ids(config, tokenizer), config.get_text_config().vocab_size)
 
 

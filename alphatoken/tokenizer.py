@@ -1,7 +1,9 @@
 """A model's tokenizer and configuration, without its weights. Quick to import: CPU tasks need no model code."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alphatoken.adapters import is_adapter, resolve_base
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.readers import first_line
@@ -11,19 +13,31 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Raises UserError where there is none."""
+    """Of an adapter folder without one: its base model's. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
+    folder = resolve_model(name)
+    if is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
+        folder = resolve_base(folder)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
-    """The model's configuration, without its weights. Raises UserError where there is none."""
+    """The model's configuration, without its weights.
+
+    Raises:
+        UserError: there is none, or `name` is an adapter. Where those are known, ask for their `base_of`.
+    """
     from transformers import AutoConfig
 
+    if is_adapter(name):
+        raise UserError(
+            f"{name} is a LoRA adapter: score and direction take it as it is, everything else takes whole models; "
+            "merge it into its base model"
+        )
     try:
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@
     stability(p)  = the same with D in the place of G
 
 Values belong to positions p = t - 1, which predict token t. One forward pass, one backward pass through the scored
-layers, one matrix product per scored linear and direction.
+layers, one matrix product per scored linear and direction: several targets share all but their products.
 """
 
 import torch
@@ -16,20 +16,28 @@ from alphatoken.capture import Captured, capture
 from alphatoken.contraction import bilinear
 from alphatoken.direction import Tensors
 from alphatoken.model import ScoringModel
-from alphatoken.values import TokenValues
+from alphatoken.values import Targets, TokenValues, adaptation_of, by_column
 
 
 class ValuePropagation:
-    """Values by contraction along `direction` and, where given, `drift` (both by parameter name).
+    """Values by contraction along `direction`, or several targets, and, where given, `drift` (all by parameter name).
 
-    Without a direction there are no values until `set_directions`.
+    Called with a batch it returns adaptation (Eqs. 8 and 9), stability (Eqs. 11 and 12) and their direct and causal
+    terms, one for each response token. Without a direction there are no values until `set_directions`.
+
+    Args:
+        parameters: last-layers:K or all-linear; `direction` and `drift` have to be of the same.
+        window: later positions whose losses count for the causal path; 0 leaves it out.
+
+    Raises:
+        UserError: a weight is of a kind that has no value here, named in the message.
     """
 
     def __init__(
         self,
         scoring: ScoringModel,
         parameters: str,
-        direction: Tensors | None,
+        direction: Tensors | Targets | None,
         drift: Tensors | None = None,
         window: int = 32,
     ) -> None:
@@ -48,9 +56,9 @@ class ValuePropagation:
         """Layers whose queries and keys the causal path needs."""
         return frozenset(linear.layer for linear in self.linears) if self.window else frozenset()
 
-    def set_directions(self, direction: Tensors, drift: Tensors | None = None) -> None:
+    def set_directions(self, direction: Tensors | Targets, drift: Tensors | None = None) -> None:
         """What values are measured along from now on."""
-        self.directions = {"adaptation": self._prepare(direction)}
+        self.directions = {name: self._prepare(tensors) for name, tensors in by_column(direction).items()}
         if drift is not None:
             self.directions["stability"] = self._prepare(drift)
 
@@ -71,15 +79,21 @@ class ValuePropagation:
         """Values from what a forward and a backward pass of `batch` left behind."""
         terms = self._terms(captured, batch)
         zero = torch.zeros_like(captured.losses)
+        adaptations = [name for name in self.directions if name != "stability"]
+        direct, _ = adaptation_of({name: terms[f"{name}_direct"] for name in adaptations})
+        causal, _ = adaptation_of({name: terms[f"{name}_causal"] for name in adaptations})
+        targets = {name: terms[f"{name}_direct"] + terms[f"{name}_causal"] for name in adaptations}
+        terms |= {"adaptation_direct": direct, "adaptation_causal": causal}
         return TokenValues(
-            adaptation=terms["adaptation_direct"] + terms["adaptation_causal"],
+            adaptation=direct + causal,
             stability=terms.get("stability_direct", zero) + terms.get("stability_causal", zero),
             logprobs=-captured.losses,
-            terms={f"{name}_{path}": terms.get(f"{name}_{path}", zero) for name, path in _TERMS},
+            terms={f"{name}_{path}": terms.get(f"{name}_{path}", zero) for name, path in _TERMS}
+            | adaptation_of(targets)[1],
         )
 
     def _terms(self, captured: Captured, batch: Batch) -> dict[str, torch.Tensor]:
-        """The four terms, each N; stability's only where there is drift."""
+        """Direct and causal term of every direction, each N."""
         terms = {
             f"{name}_{path}": torch.zeros_like(captured.losses)
             for name in self.directions

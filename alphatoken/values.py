@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from alphatoken.batching import Batch
+from alphatoken.targets import ADAPTATION, target_column
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,29 @@ class TokenValues:
     adaptation: torch.Tensor  # N
     stability: torch.Tensor  # N
     logprobs: torch.Tensor  # N, natural log
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # the paper's four terms, each N
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # more columns, each N: the paper's terms, targets
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Several named directions to value along in one pass, each by parameter name. Adaptation is the sum over them."""
+
+    directions: dict[str, dict[str, torch.Tensor]]  # by name of the target
+    central_steps: dict[str, float | None] = field(default_factory=dict)  # see Exact; None or missing: looked for
+
+
+def by_column(direction: "dict[str, torch.Tensor] | Targets") -> dict[str, dict[str, torch.Tensor]]:
+    """Directions by the name of the column that their values become."""
+    if isinstance(direction, Targets):
+        return {target_column(name): tensors for name, tensors in direction.directions.items()}
+    return {ADAPTATION: direction}
+
+
+def adaptation_of(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(adaptation, columns of named targets) from adaptations by column; an ordinary run has no named target."""
+    if ADAPTATION in values:
+        return values[ADAPTATION], {}
+    return torch.stack(list(values.values())).sum(0), values
 
 
 class Estimator(Protocol):

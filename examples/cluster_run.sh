@@ -6,6 +6,7 @@ set -euo pipefail
 : "${BUCKET:?set BUCKET to an s3:// address that the nodes can read and write}"
 : "${MODEL:=Qwen/Qwen3-0.6B}"
 export RAY_API_SERVER_ADDRESS=http://localhost:8265
+export RAY_AUTH_MODE=token  # with the token that `ray get-auth-token --generate` made, once
 
 ray up --yes cluster.yaml
 ray dashboard cluster.yaml &  # forwards the dashboard by SSH; jobs are submitted through it

@@ -1,4 +1,5 @@
 """Train a LoRA adapter in rounds: plain steps first, then windows of rows valued with the weights of the moment.
+Then value the rows for the step after: along the adapter's own factors.
 
     python examples/lora.py                                                # a few steps on embedded rows
 
@@ -9,9 +10,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from alphatoken.config import EMBEDDED_MODEL, embedded_rows
+from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_rows
 from alphatoken.rounds_config import RoundsConfig
 from pipelines.rounds import run_rounds
+from pipelines.score import run_score
 
 
 def main() -> None:
@@ -27,11 +29,13 @@ def main() -> None:
     folder = Path(arguments.output)
     rows = folder / "rows"
 
+    data = [arguments.data or embedded_rows("train.jsonl", 16, rows / "train.jsonl")]
+    validation = [arguments.validation or embedded_rows("validation.jsonl", 8, rows / "validation.jsonl")]
     manifest = run_rounds(
         RoundsConfig(
             model=arguments.model,
-            data=[arguments.data or embedded_rows("train.jsonl", 16, rows / "train.jsonl")],
-            validation=[arguments.validation or embedded_rows("validation.jsonl", 8, rows / "validation.jsonl")],
+            data=data,
+            validation=validation,
             output=str(folder / "run"),
             rule=arguments.rule,
             lora_rank=arguments.rank,
@@ -45,8 +49,17 @@ def main() -> None:
         progress=lambda line: print({name: line[name] for name in ("step", "loss", "values_age") if name in line}),
     )
     print(f"kept {manifest['rounds']['kept_fraction']:.1%} of the response tokens that were valued")
-    print(f"adapter: {folder / 'run' / 'adapter'}")
+    adapter = folder / "run" / "adapter"
+    print(f"adapter: {adapter}")
     print(f"merged into the weights: {folder / 'run' / 'model'}")
+
+    # In rounds values are about the merged weights. These are about what LoRA trains.
+    scored = run_score(
+        ScoreConfig(
+            model=str(adapter), parameters="lora", data=data, validation=validation, output=str(folder / "scored")
+        )
+    )
+    print(f"{scored['counts']['rows_out']} rows valued along the adapter's factors: {folder / 'scored'}")
 
 
 if __name__ == "__main__":

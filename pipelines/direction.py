@@ -1,8 +1,9 @@
 """The validation direction, computed once where the accelerators are, before the scoring actors start."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import ray
@@ -10,6 +11,7 @@ import torch
 
 from alphatoken import direction as directions
 from alphatoken import tensor_file, token_classes
+from alphatoken.batching import Batch
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import UserError
@@ -18,36 +20,58 @@ from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.pair_scoring import check_same_vocabulary
+from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.targets import UNNAMED, files_by_target, validation_files
 from alphatoken.tokenizer import load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
 from pipelines.encode import good_rows, make_encoder
+from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
 from pipelines.validation_rows import batch_of, validation_batches
 
 logger = logging.getLogger(__name__)
 
 MAX_REASONS = 3
+VALIDATION_ROWS = "validation rows"  # what is counted
+NO_TRAINING_ROWS = "--preconditioner adam needs --preconditioner-data FILES: training rows for its moments"
 
 
-def run_direction(config: DirectionConfig) -> dict:
+def run_direction(config: DirectionConfig, progress: Phase | None = None) -> dict:
     """Compute and save the direction; returns its provenance as a dictionary."""
-    check_validation(config)
-    token_classes.check_class_names(config.class_weights)
+    check_direction_inputs(config)
     connect()
+    counter = Tally.remote() if progress else None
     with user_errors():
-        provenance = ray.get(_direction_task.options(**one_accelerator()).remote(config, torch_threads()))
+        task = _direction_task.options(**one_accelerator()).remote(config, torch_threads(), counter)
+        [provenance] = get_all([task], counter, progress)
     tell(provenance["health"])
     return provenance
 
 
-def check_validation(config: ScoreConfig | DirectionConfig) -> None:
-    """Whether the validation files have rows, or pairs, that can be used. Raises UserError."""
-    units = plan_units(config.validation)
-    if config.validation_objective == "dpo":
+def check_direction_inputs(config: DirectionConfig) -> None:
+    """Everything that is known without the weights. Raises UserError."""
+    check_validation(config)
+    token_classes.check_class_names(config.class_weights)
+    if config.preconditioner == "none":
+        return
+    if not config.preconditioner_data:
+        raise UserError(NO_TRAINING_ROWS)
+    units = plan_units(config.preconditioner_data)
+    if is_pair_data("auto", units, config.columns):
         check_pair_source(units, config)
     else:
         check_source(units, config, load_tokenizer(config.model, config.trust_remote_code))
+
+
+def check_validation(config: ScoreConfig | DirectionConfig) -> None:
+    """Whether the validation files have rows, or pairs, that can be used. Raises UserError."""
+    for files in files_by_target(config.validation).values():
+        units = plan_units(files)
+        if config.validation_objective == "dpo":
+            check_pair_source(units, config)
+        else:
+            check_source(units, config, load_tokenizer(config.model, config.trust_remote_code))
 
 
 def one_accelerator() -> dict:
@@ -56,11 +80,12 @@ def one_accelerator() -> dict:
 
 
 @ray.remote
-def _direction_task(config: DirectionConfig, threads: int) -> dict:
+def _direction_task(config: DirectionConfig, threads: int, counter: Any = None) -> dict:
     prepare_worker(threads)
     scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
     reference = load_reference(config, scoring)
-    return make_direction(scoring, config, config.parameters, config.positions or "all", config.output, reference)
+    positions, tick = config.positions or "all", tick_of(counter)
+    return make_direction(scoring, config, config.parameters, positions, config.output, reference, tick=tick)
 
 
 def load_reference(config: ScoreConfig | DirectionConfig, scoring: ScoringModel) -> ScoringModel | None:
@@ -80,47 +105,116 @@ def make_direction(
     path: str,
     reference: ScoringModel | None = None,
     data_pairs: bool = False,
+    tick: Tick = no_tick,
 ) -> dict:
-    """Compute the direction from `config.validation` and save it at `path`; returns its provenance.
+    """Compute the direction of every target of `config.validation` and save them at `path`; returns the provenance.
 
-    reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs.
+    reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs. tick: counts
+    validation rows.
     """
     encoder = make_encoder(config.model, config, config.trust_remote_code)
     weights = None
     if config.class_weights:
         weights = class_weight_table(config.class_weights, config.model, config.trust_remote_code).to(scoring.device)
     options = directions.GradientOptions(parameters, config.normalization, positions, weights)
-    refused: list[str] = []
     pairs = PairWeights(scoring, reference, config.beta)
     weigh = pairs if config.validation_objective == "dpo" else None
+    gradients = {}
+    for target, files in files_by_target(config.validation).items():
+        own = config.model_copy(update={"validation": files})
+        gradients[target] = _gradients(scoring, own, encoder, options, weigh, tick)
+    tick("checks of the direction", 0)
+    scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
+    tensors = {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
+    about = {}
+    for target, part in gradients.items():
+        direction = {name: (g * scale[name] if scale else g).cpu() for name, g in part.found.tensors.items()}
+        group = tensor_file.group_of("direction", target)
+        tensors |= {f"{group}/{name}": tensor for name, tensor in direction.items()}
+        moved = _is_moved(config, scoring)
+        about[target] = {
+            "data_fingerprint": data_fingerprint(part.config.validation),
+            "num_rows": part.found.num_rows,
+            "num_tokens": part.found.num_tokens,
+            "num_refused": len(part.refused),
+            "health": check_direction(
+                scoring, part.config, encoder, options, part.found, part.halves, scale, data_pairs
+            ),
+            "central_step": Exact(scoring, parameters, direction, method="central").central_step if moved else None,
+        }
+    provenance = _provenance(scoring, config, parameters, positions, about)
+    tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
+    return asdict(provenance)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """What the validation rows of one target have given."""
+
+    config: ScoreConfig | DirectionConfig  # with the files of this target alone
+    halves: list[directions.GradientSum]
+    found: directions.MeanGradient
+    refused: list[str]
+
+
+def _gradients(
+    scoring: ScoringModel,
+    config: ScoreConfig | DirectionConfig,
+    encoder: Encoder,
+    options: directions.GradientOptions,
+    weigh: PairWeights | None,
+    tick: Tick,
+) -> _Gradients:
+    refused: list[str] = []
     halves = []
     for half in range(2):
         batches = validation_batches(config, encoder, refused, half, scoring.device)
+        batches = counted(batches, tick, VALIDATION_ROWS, _rows_in if weigh is None else _pairs_in)
         halves.append(directions.gradient_sum(scoring, batches, options, weigh))
     try:
         found = (halves[0] + halves[1]).mean()
     except UserError as error:
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", found.num_rows, refused)
-    scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
-    direction = {name: (tensor * scale[name] if scale else tensor).cpu() for name, tensor in found.tensors.items()}
-    tensors = {f"direction/{name}": tensor for name, tensor in direction.items()}
-    tensors |= {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
-    step = Exact(scoring, parameters, direction, method="central").central_step if _is_moved(config, scoring) else None
-    health = check_direction(scoring, config, encoder, options, found, halves, scale, data_pairs)
-    provenance = tensor_file.Provenance(
+    return _Gradients(config, halves, found, refused)
+
+
+def _provenance(
+    scoring: ScoringModel, config: ScoreConfig | DirectionConfig, parameters: str, positions: str, about: dict
+) -> tensor_file.Provenance:
+    """about: what is known of each target, by its name. What all have in common, and of named ones each."""
+    options: dict[str, Any] = {"num_refused": sum(part["num_refused"] for part in about.values())}
+    if UNNAMED in about:
+        health, step = about[UNNAMED]["health"], about[UNNAMED]["central_step"]
+    else:
+        told = [f"{name}: {sentence}" for name, part in about.items() for sentence in part["health"]["concerns"]]
+        health, step = {"targets": {name: part["health"] for name, part in about.items()}, "concerns": told}, None
+        options["targets"] = {name: {key: part[key] for key in part if key != "health"} for name, part in about.items()}
+    return tensor_file.Provenance(
         kind="direction",
         model_fingerprint=fingerprint(scoring.model),
         parameters=parameters,
-        data_fingerprint=data_fingerprint(config.validation),
-        num_rows=found.num_rows,
-        num_tokens=found.num_tokens,
-        options=direction_identity(config, positions) | {"num_refused": len(refused)},
+        data_fingerprint=data_fingerprint(validation_files(config.validation)),
+        num_rows=sum(part["num_rows"] for part in about.values()),
+        num_tokens=sum(part["num_tokens"] for part in about.values()),
+        options=direction_identity(config, positions) | options,
         health=health,
         central_step=step,
     )
-    tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
-    return asdict(provenance)
+
+
+def validation_fingerprint(validation: list[str]) -> str | dict[str, str]:
+    """Of the files; by target where targets have names."""
+    found = {target: data_fingerprint(files) for target, files in files_by_target(validation).items()}
+    return found.get(UNNAMED, found)
+
+
+def _rows_in(batch: Batch) -> int:
+    return batch.input_ids.shape[0]
+
+
+def _pairs_in(batch: Batch) -> int:
+    return batch.input_ids.shape[0] // len(BRANCHES)
 
 
 def _is_moved(config: ScoreConfig | DirectionConfig, scoring: ScoringModel) -> bool:
@@ -148,12 +242,12 @@ def _adam_scale(
         return {}
     files = config.preconditioner_data or getattr(config, "data", [])
     if not files:
-        raise UserError("--preconditioner adam needs --preconditioner-data FILES: training rows for its moments")
+        raise UserError(NO_TRAINING_ROWS)
     units = plan_units(files)
     if weigh is None and is_pair_data("auto", units, config.columns):  # --preconditioner-data of `direction`
         weigh = PairWeights(scoring, load_reference(config, scoring), config.beta)
     rows = good_rows(units, (encoder if weigh is None else PairEncoder(encoder)).encode, [])
-    batches = []
+    batches: list[Batch] = []
     while len(batches) < config.preconditioner_batches:
         part = [encoded for _, encoded in islice(rows, config.preconditioner_rows)]
         if not part:
@@ -165,7 +259,7 @@ def _adam_scale(
 
 def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) -> dict:
     """The settings that a direction depends on, as JSON."""
-    names = ("normalization", "class_weights", "preconditioner", "columns", "max_length", "too_long")
+    names: tuple[str, ...] = ("normalization", "class_weights", "preconditioner", "columns", "max_length", "too_long")
     names += ("special_tokens_in_text",)
     settings = {name: getattr(config, name) for name in names} | {"positions": positions}
     if config.validation_objective == "dpo":

@@ -14,8 +14,9 @@ def all_losses(model, rows):
     return torch.cat([token_losses(double(model), *row).detach() for row in zip(*rows, strict=True)]).float()
 
 
-def test_loss_and_excess_loss():
-    model, reference = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+@pytest.mark.parametrize("architecture", ["llama", "llama4_text"])  # the latter's decoder has another name
+def test_loss_and_excess_loss(architecture):
+    model, reference = tiny_model(architecture, seed=0), tiny_model(architecture, seed=1)
     rows = random_rows(3, 4)
     here, there = all_losses(model, rows), all_losses(reference, rows)
     batch = make_batch(*rows)

@@ -55,6 +55,23 @@ def test_values_equal_offline_values(architecture, estimator, parameters):
 
 
 @pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
+def test_a_decoder_of_another_name(estimator):
+    """Llama-4's is not where transformers looks for it. Experts in float32: grouped kernels know no float64."""
+    changes = {"moe_layers": [0, 1], "no_rope_layers": [1, 1, 0, 1]}
+    offline = prepare_model(tiny_model("llama4_text", **changes))
+    direction = mean_gradient(offline, [batch_of(7)], GradientOptions("last-layers:2")).tensors
+    known = (
+        ValuePropagation(offline, "last-layers:2", direction)
+        if estimator == "value_propagation"
+        else Exact(offline, "last-layers:2", direction, method="forward")
+    )
+    in_run = InRun(tiny_model("llama4_text", **changes).train(), estimator, "last-layers:2")
+    in_run.set_direction(direction)
+    found, expected = in_run.forward(batch_of(1)).values, known(batch_of(1)).adaptation
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_training_has_the_gradient_of_the_kept_losses(architecture, estimator):
     """And what was accumulated before stays: gradients add to it, values do not touch it."""
