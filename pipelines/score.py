@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,10 +32,20 @@ from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
 from alphatoken.tokenizer import load_tokenizer
+from pipelines import metrics
+from pipelines.blocks import map_blocks
 from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction import check_validation, direction_identity, load_reference, make_direction
+from pipelines.direction import (
+    check_validation,
+    direction_identity,
+    load_reference,
+    make_direction,
+    validation_fingerprint,
+)
 from pipelines.direction_checks import tell
 from pipelines.encode import EncodePlan, encoded_dataset
+from pipelines.poison import Attempt
+from pipelines.progress import Phase, Tally, get_all, tick_of
 from pipelines.shards import total_counts, write_block
 
 logger = logging.getLogger(__name__)
@@ -48,19 +59,20 @@ NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per
 Progress = Callable[[dict], None]  # called with running counts after every shard
 
 
-def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
+def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: Phase | None = None) -> dict:
     """Write the SCORED folder `config.output` and return its manifest. Resumes a run that was cut off.
 
+    progress: told the counts after every shard; preparing: told how far the direction is, before the first one.
     Raises UserError for anything that can be known to be wrong before the actors start.
     """
     started = time.monotonic()
     units = plan_units(config.data)
     pairs = is_pair_data(config.objective, units, config.columns)
-    parameters = _check_inputs(config, units, pairs)
+    parameters = check_inputs(config, units, pairs)
     folder = RunFolder(storage.absolute(config.output))
     connect()
     with user_errors():
-        prepared = _prepare(config, parameters, pairs, folder)
+        prepared = _prepare(config, parameters, pairs, folder, preparing)
         if prepared.state == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
@@ -71,16 +83,19 @@ def run_score(config: ScoreConfig, progress: Progress | None = None) -> dict:
         _write_token_classes(config, folder)
         _score_units(units, config, pairs, prepared.direction_path, folder, progress)
     counts = total_counts(folder)
+    targets = targets_of(config, prepared.direction_path)
+    workers = metrics.time_per_worker(folder.commits())
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
-        extra={"parameters": parameters, "pairs": pairs, "direction_health": health},
+        extra={"parameters": parameters, "pairs": pairs, "direction_health": health, "workers": workers}
+        | ({"targets": targets} if targets else {}),
     )  # fmt: skip
     columns = storage.read_schema(storage.list_shards(folder.uri)[0])
     folder.finish(manifest, manifests.data_card("score", manifest, columns))
     return manifest
 
 
-def _check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:
+def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:
     """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if pairs:
@@ -112,41 +127,56 @@ class _Prepared:
     direction_path: str | None
 
 
-def _prepare(config: ScoreConfig, parameters: str | None, pairs: bool, folder: RunFolder) -> _Prepared:
+def _prepare(
+    config: ScoreConfig, parameters: str | None, pairs: bool, folder: RunFolder, progress: Phase | None
+) -> _Prepared:
     """Identify the checkpoint, open the output folder for this run and make the direction if none was given."""
     resources = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
-    return ray.get(_prepare_task.options(**resources).remote(config, parameters, pairs, folder.uri, torch_threads()))
+    counter = Tally.remote() if progress else None
+    task = _prepare_task.options(**resources)
+    return get_all([task.remote(config, parameters, pairs, folder.uri, torch_threads(), counter)], counter, progress)[0]
 
 
 @ray.remote
-def _prepare_task(config: ScoreConfig, parameters: str | None, pairs: bool, output: str, threads: int) -> _Prepared:
+def _prepare_task(
+    config: ScoreConfig, parameters: str | None, pairs: bool, output: str, threads: int, counter: Any
+) -> _Prepared:
     prepare_worker(threads)
     device = default_device() if config.gpus_per_actor else torch.device("cpu")
     scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
     positions = config.positions_for(config.estimator)
-    fingerprints = {
-        "model": fingerprint(scoring.model),
-        "data": data_fingerprint(config.data),
-        "validation": data_fingerprint(config.validation) if config.validation else None,
-        "direction": _file_identity(config.direction, "direction"),
-        "fisher": _file_identity(config.fisher, "fisher"),
-        "direction_settings": direction_identity(config, positions),
-    }
+    fingerprints = {"model": fingerprint(scoring.model), **input_fingerprints(config)}
     reference = load_reference(config, scoring) if pairs or config.validation_objective == "dpo" else None
     if pairs:  # whose log-probabilities the rows will carry
         fingerprints["reference_model"] = fingerprint(reference.model) if reference else fingerprints["model"]
     if config.direction:
         provenance = tensor_file.read_provenance(config.direction, "direction")
         tensor_file.check_matches(provenance, config.direction, fingerprints["model"], parameters)
-    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"parameters": parameters}
     folder = RunFolder(output)
-    state = folder.open({"stage": "score", "config": settings, "fingerprints": fingerprints}, config.overwrite)
+    state = folder.open(score_identity(config, parameters, fingerprints), config.overwrite)
     path = config.direction
     if state != "finished" and config.validation and parameters:
         path = storage.join(output, "direction.safetensors")
         if not storage.exists(path):
-            make_direction(scoring, config, parameters, positions, path, reference, pairs)
+            make_direction(scoring, config, parameters, positions, path, reference, pairs, tick_of(counter))
     return _Prepared(state, fingerprints, path)
+
+
+def input_fingerprints(config: ScoreConfig) -> dict:
+    """Of everything but the models."""
+    return {
+        "data": data_fingerprint(config.data),
+        "validation": validation_fingerprint(config.validation) if config.validation else None,
+        "direction": _file_identity(config.direction, "direction"),
+        "fisher": _file_identity(config.fisher, "fisher"),
+        "direction_settings": direction_identity(config, config.positions_for(config.estimator)),
+    }
+
+
+def score_identity(config: ScoreConfig, parameters: str | None, fingerprints: dict) -> dict:
+    """What the output folder keeps of the run, to know it again."""
+    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"parameters": parameters}
+    return {"stage": "score", "config": settings, "fingerprints": fingerprints}
 
 
 def _file_identity(path: str | None, kind: str) -> dict | None:
@@ -174,11 +204,10 @@ def _score_units(
     plan = EncodePlan(config.model, config.trust_remote_code, options, tuple(config.keep_columns), finished, kind)
     low, high = config.actor_range
     threads = torch_threads(high, config.cpus_per_actor)
-    scored = encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)).map_batches(
+    scored = map_blocks(
+        encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)),
         PairScorer if pairs else Scorer,
         fn_constructor_args=(config, direction_path, folder.uri, threads),
-        batch_size=None,
-        batch_format="pyarrow",
         zero_copy_batch=True,
         compute=actor_pool(low, high, queued=config.gpus_per_actor > 0),
         num_cpus=config.cpus_per_actor,
@@ -204,6 +233,13 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
     return LARGE_SHARD if size > SMALL_INPUT else SMALL_SHARD
 
 
+def targets_of(config: ScoreConfig, direction_path: str | None) -> list[str]:
+    """Names of the targets that get columns of their own."""
+    if not direction_path or config.estimator not in ("exact", "value_propagation"):
+        return []
+    return list(tensor_file.read_provenance(direction_path, "direction").targets)
+
+
 class Scorer:
     """The scoring actor: model, direction and drift are loaded once."""
 
@@ -215,21 +251,26 @@ class Scorer:
         self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
         self.device = device
         self.estimator = build_estimator(config, self.scoring, direction_path)
+        self.targets = targets_of(config, direction_path)
 
     def __call__(self, block: pa.Table) -> dict[str, list]:
         """One block of encoded rows to one shard; refused rows pass through with their reason. Returns its counts."""
         started = time.monotonic()
         good = pc.is_null(block["reason"])
-        scored, failures, computed = self._score(block.filter(good))
+        attempt = Attempt(self.output, block.filter(good), self.config.batch_tokens)
+        scored, failures, computed = attempt.score(self._score)
         reasons = [failures.get(index) for index in range(scored.num_rows)]
         scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
         refused = block.filter(pc.invert(good))
         result = pa.concat_tables([scored, refused], promote_options="default")
         cost = {"computed_positions": computed, "scoring_seconds": round(time.monotonic() - started, 4)}
-        return write_block(result, self.output, cost)
+        counts = write_block(result, self.output, cost)
+        attempt.end()
+        return counts
 
     def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
-        return score_table(table, self.estimator, self.config.batch_tokens, self.device, self.config.terms)
+        config = self.config
+        return score_table(table, self.estimator, config.batch_tokens, self.device, config.terms, self.targets)
 
 
 class PairScorer(Scorer):
@@ -242,4 +283,6 @@ class PairScorer(Scorer):
 
     def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
         config = self.config
-        return score_pair_table(table, self.pair_estimator, config.batch_tokens, self.device, config.beta, config.terms)
+        return score_pair_table(
+            table, self.pair_estimator, config.batch_tokens, self.device, config.beta, config.terms, self.targets
+        )

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from alphatoken import schema
 from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder, row_id_runs
+from pipelines import metrics
 from pipelines.encode import ORIGIN
 
 
@@ -37,8 +38,11 @@ def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = No
         "row_ids": row_id_runs(block["row_id"].to_numpy()),
         "counts": counts,
         "reasons": dict(Counter(refused["reason"].to_pylist())),
+        "worker": metrics.worker_id(),
+        "seconds": (cost or {}).get("scoring_seconds", 0.0),
     }
     RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
+    metrics.count_shard("score", record)
     return {name: [value] for name, value in counts.items()}
 
 
