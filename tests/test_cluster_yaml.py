@@ -62,7 +62,14 @@ def test_only_gpu_machines_install_vllm(prepared: dict) -> None:
     head, worker = (" ".join(prepared[f"{kind}_setup_commands"]) for kind in ("head", "worker"))
     assert "alphatoken[train]" in head and "vllm" not in head
     assert "alphatoken[train,vllm]" in worker
-    assert prepared["file_mounts"] == {}
+
+
+def test_ray_wants_the_token_and_every_node_has_it(prepared: dict) -> None:
+    assert "--env RAY_AUTH_MODE=token" in prepared["docker"]["run_options"]
+    (target,) = prepared["file_mounts"]
+    assert target == "/home/ray/.ray/auth_token"  # where Ray looks in its own images
+    assert prepared["file_mounts"][target].endswith("/.ray/auth_token")
+    assert "disabled" not in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
 
 def test_the_dashboard_is_not_open_to_the_network(prepared: dict) -> None:
@@ -73,7 +80,7 @@ def test_the_dashboard_is_not_open_to_the_network(prepared: dict) -> None:
 
 def test_images_hold_the_ray_of_the_lock_file(given: dict) -> None:
     lock = (ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
-    version = re.search(r"^ray==(\S+)$", lock, re.MULTILINE)
+    version = re.search(r"^ray==(\S+)", lock, re.MULTILINE)
     assert version
     for kind in ("cpu", "gpu"):
         image = given["docker"]["head_image" if kind == "cpu" else "worker_image"]

@@ -16,22 +16,35 @@ from alphatoken.embedded import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
 NOT_LOCKED = {"vllm"}  # GPU machines only
+PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+) \\")
+HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}(?: \\)?")
 
 
 def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
+def pins(path: str) -> dict[str, str]:
+    """Name -> pinned version; every line is a comment, a pin or a hash, and no pin is without a hash."""
+    found: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    name = ""
+    for line in read(path).splitlines():
+        if pin := PIN.fullmatch(line):
+            name = canonicalize_name(pin[1])
+            assert name not in versions, f"{name} stands there twice"
+            versions[name], found[name] = pin[2], 0
+        elif HASH.fullmatch(line):
+            found[name] += 1
+        else:
+            assert line.startswith("#"), f"not pinned exactly, or with a local version: {line}"
+    assert all(found.values()), [name for name, hashes in found.items() if not hashes]
+    return versions
+
+
 @pytest.fixture(scope="module")
 def lock() -> dict[str, str]:
-    """Name -> pinned version."""
-    lines = [line for line in read("requirements/cpu.lock").splitlines() if line and not line.startswith("#")]
-    pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
-    loose = [line for line, pin in zip(lines, pins, strict=True) if not pin]
-    assert not loose, f"not pinned exactly, or with a local version: {loose}"
-    names = [canonicalize_name(pin[1]) for pin in pins if pin]
-    assert len(set(names)) == len(names), "a package stands there twice"
-    return {name: pin[2] for name, pin in zip(names, pins, strict=True) if pin}
+    return pins("requirements/cpu.lock")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +65,17 @@ def test_lock_file_holds_what_the_package_asks_for(lock: dict[str, str], project
         if name not in NOT_LOCKED:
             assert name in lock, f"{name} is missing from the lock file"
             assert requirement.specifier.contains(lock[name]), f"{requirement} refuses the pinned {lock[name]}"
+
+
+def test_every_package_for_gpus_has_its_hash(lock: dict[str, str]) -> None:
+    gpu = pins("requirements/gpu.lock")
+    differ = {name for name in gpu.keys() & lock.keys() if gpu[name] != lock[name]}
+    assert differ == {"apache-tvm-ffi"}, "cpu.lock and gpu.lock were not made together"
+
+
+def test_the_small_torch_is_the_locked_one(lock: dict[str, str]) -> None:
+    (line,) = [line for line in read("requirements/torch-cpu.lock").splitlines() if not line.startswith("#")]
+    assert re.fullmatch(rf"torch=={re.escape(lock['torch'])}\+cpu --hash=sha256:[0-9a-f]{{64}}", line)
 
 
 def test_embedded_model_is_the_locked_one(lock: dict[str, str]) -> None:
