@@ -15,6 +15,7 @@ from common import DATA_HELP, embedded_file, encoded_rows, print_table, write_re
 from rich.progress import track
 from scipy.stats import spearmanr
 
+from alphatoken.architecture import decoder
 from alphatoken.baselines import Baseline, forward_losses
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import EMBEDDED_MODEL
@@ -45,7 +46,7 @@ def measured_change(
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        hidden = scoring.model.base_model(input_ids=row.input_ids, use_cache=False).last_hidden_state
+        hidden = decoder(scoring.model)(input_ids=row.input_ids, use_cache=False).last_hidden_state
         logits = scoring.model.lm_head(hidden[row.predicting][token : token + 1]).float()
         loss = torch.nn.functional.cross_entropy(logits, row.targets[token : token + 1])
         gradients = torch.autograd.grad(loss, parameters)
@@ -66,7 +67,7 @@ def adapted_reference(scoring: ScoringModel, batches: list[Batch], steps: int, r
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for step in range(steps):
         batch = batches[step % len(batches)]
-        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[batch.predicting]).float(), batch.targets)
         optimizer.zero_grad()
         loss.backward()

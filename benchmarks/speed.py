@@ -27,6 +27,7 @@ from common import (
 )
 from paper_procedure import paper_values
 
+from alphatoken.architecture import decoder
 from alphatoken.batching import Batch
 from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.direction import GradientOptions, mean_gradient
@@ -54,7 +55,7 @@ def methods(scoring: ScoringModel, batch: Batch, validation: Batch, found: dict)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
-            hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             return scoring.head.projection(hidden[batch.predicting])
 
     last = {name: tensor for name, tensor in found["all"].items() if name in found["paper"]}

@@ -3,7 +3,8 @@
     python -m benchmarks.evidence --data-dir DIR [--output docs/results/evidence] [--full] [--only training tables]
 
 DIR holds public data as JSON lines (see docs/results/README.md). A finished run is one file named by a hash of its
-settings; the same command goes on where it was stopped.
+settings; the same command goes on where it was stopped. Parts: training under noise, detection of noise, forgetting,
+preference pairs, tables.
 """
 
 import argparse
@@ -11,21 +12,25 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import machine
-from benchmarks.evidence import report
+from benchmarks.evidence import forgetting_report, preference_report, report
 from benchmarks.evidence.detection import SIGNALS, detect
+from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
 from benchmarks.evidence.grid import Run, runs
-from benchmarks.evidence.runs import Lab, Study
+from benchmarks.evidence.preference import PAIR_RULES, PairRule, Preference, PreferenceLab
+from benchmarks.evidence.rules import Rule
+from benchmarks.evidence.runs import Clock, Lab, Study
 
 logger = logging.getLogger("benchmarks.evidence")
-PARTS = ("training", "detection", "tables")
+PARTS = ("training", "detection", "forgetting", "preference", "tables")
 DETECTION = (("mixed", 0), ("tokens", 0))
 
 
@@ -34,9 +39,22 @@ LATER = ("excess",)  # settings of a rule that came later: left out where they a
 
 def settings_of(study: Study, run: Run) -> dict:
     """Everything that a result depends on, as JSON values."""
-    found = asdict(run)
-    found["rule"] = {name: value for name, value in found["rule"].items() if name not in LATER or value is not None}
-    return {"study": asdict(study), "run": found}
+    return {"study": asdict(study), "run": asdict(run) | {"rule": rule_settings(run.rule)}}
+
+
+def rule_settings(rule: Rule) -> dict:
+    return {name: value for name, value in asdict(rule).items() if name not in LATER or value is not None}
+
+
+def forgetting_settings(settings: Forgetting, seed: int, case: Case) -> dict:
+    """As `settings_of`."""
+    run = {"name": case.rule.name, "seed": seed, "rule": rule_settings(case.rule), "stability": case.stability}
+    return {"forgetting": asdict(settings), "run": run}
+
+
+def preference_settings(settings: Preference, seed: int, rule: PairRule) -> dict:
+    """As `settings_of`."""
+    return {"preference": asdict(settings), "run": {"name": rule.name, "seed": seed, "rule": asdict(rule)}}
 
 
 def key_of(settings: dict) -> str:
@@ -66,18 +84,54 @@ class Work:
 
     def train(self, wanted: list[Run]) -> None:
         """Every run whose file is missing."""
-        todo = []
-        for run in wanted:
-            settings = settings_of(self.study, run)
-            path = self.output / "trained" / f"{key_of(settings)}.json"
-            if not path.exists():
-                todo.append((run, settings, path))
-        logger.info("%d runs wanted, %d to do", len(wanted), len(todo))
-        for number, (run, settings, path) in enumerate(todo):
-            result = self.lab.run(run.set, run.seed, run.rule, run.measure_at, run.retention_at, run.choices)
+        self._missing(
+            "trained",
+            (
+                (settings_of(self.study, run), lambda run=run: self.lab.run(
+                    run.set, run.seed, run.rule, run.measure_at, run.retention_at, run.choices
+                ))
+                for run in wanted
+            ),
+        )  # fmt: skip
+
+    def forget(self, seeds: Iterable[int], rules: list[str] | None, settings: Forgetting) -> None:
+        """Every run of the forgetting study whose file is missing."""
+        lab = cache(lambda: ForgettingLab(self.data_dir, settings))
+        wanted = [
+            (seed, case) for seed in seeds for case in cases(settings) if rules is None or case.rule.name in rules
+        ]
+        self._missing(
+            "forgetting",
+            (
+                (forgetting_settings(settings, seed, case), lambda seed=seed, case=case: lab().run(seed, case))
+                for seed, case in wanted
+            ),
+        )
+
+    def prefer(self, seeds: Iterable[int], rules: list[str] | None, settings: Preference) -> None:
+        """Every run on preference pairs whose file is missing."""
+        lab = cache(lambda: PreferenceLab(self.data_dir, settings))
+        wanted = [(seed, rule) for seed in seeds for rule in PAIR_RULES if rules is None or rule.name in rules]
+        self._missing(
+            "preference",
+            (
+                (preference_settings(settings, seed, rule), lambda seed=seed, rule=rule: lab().run(seed, rule))
+                for seed, rule in wanted
+            ),
+        )
+
+    def _missing(self, folder: str, wanted: Iterable[tuple[dict, Callable[[], dict]]]) -> None:
+        """wanted: (settings, what gives the result)."""
+        found = [(settings, run, self.output / folder / f"{key_of(settings)}.json") for settings, run in wanted]
+        todo = [item for item in found if not item[2].exists()]
+        logger.info("%s: %d runs wanted, %d to do", folder, len(found), len(todo))
+        for number, (settings, run, path) in enumerate(todo):
+            with Clock() as clock:
+                result = run()
             write(path, settings | result)
-            losses = list(result["target_loss"].values())
-            logger.info("%d/%d %s seed %d, %s: %s", number + 1, len(todo), run.set, run.seed, run.rule.name, losses)
+            setting = settings["run"]
+            name = setting.get("name") or f"{setting['set']}, {setting['rule']['name']}"
+            logger.info("%d/%d seed %d, %s: %.0f s", number + 1, len(todo), setting["seed"], name, clock.wall)
 
     def detect(self) -> None:
         for name, seed in DETECTION:
@@ -92,9 +146,13 @@ class Work:
 
         results = report.read_results(self.output / "trained")
         (self.output / "tables.md").write_text(report.all_tables(results, self.output))
+        forgotten, preferred = (report.read_runs(self.output / name) for name in ("forgetting", "preference"))
+        blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred)
         readme = self.output.parent / "README.md"
         if readme.exists():
-            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output)))
+            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output) | blocks))
+        if forgotten:
+            plots.forgetting(forgotten, self.output / "forgetting.png")
         plots.differences(results, self.output / "differences.png", fewest=1)
         plots.compute(results, "mixed", self.output / "compute.png")
 
@@ -107,6 +165,7 @@ def main() -> None:
     length.add_argument("--short", action="store_true", help="the default")
     length.add_argument("--full", action="store_true", help="more seeds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these; default: 0 to 2, with --full 0 to 4")
     parser.add_argument("--tasks", nargs="+", help="only these, as set:seed: tokens:0 clean:1")
     parser.add_argument("--rules", nargs="+", help="only rules with one of these names")
     parser.add_argument("--threads", type=int, default=2)
@@ -114,6 +173,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
     wanted = [run for run in runs(arguments.full) if arguments.rules is None or run.rule.name in arguments.rules]
+    if arguments.seeds is not None:
+        wanted = [run for run in wanted if run.seed in arguments.seeds]
     if arguments.tasks is not None:
         wanted = [run for run in wanted if f"{run.set}:{run.seed}" in arguments.tasks]
     work = Work(Study(), arguments.data_dir, arguments.output)
@@ -121,6 +182,11 @@ def main() -> None:
         work.train(wanted)
     if "detection" in arguments.only:
         work.detect()
+    seeds = arguments.seeds or range(5 if arguments.full else 3)
+    if "forgetting" in arguments.only:
+        work.forget(seeds, arguments.rules, Forgetting())
+    if "preference" in arguments.only:
+        work.prefer(seeds, arguments.rules, Preference())
     if "tables" in arguments.only:
         work.tables()
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from benchmarks.evidence.report import ADDED, FULL, ORACLE, Results  # noqa: E402
+from benchmarks.evidence.report import ADDED, FULL, ORACLE, Results, Runs  # noqa: E402
 from benchmarks.evidence.stats import mean_interval, paired  # noqa: E402
 
 TITLES = {
@@ -72,5 +72,20 @@ def compute(results: Results, name: str, path: Path) -> None:
     axis.set_xlabel("CPU seconds, scoring included")
     axis.set_ylabel("held-out loss (mean over seeds)")
     axis.set_title(f"{name}: {TITLES[name]}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def forgetting(runs: Runs, path: Path) -> None:
+    """General text loss against target loss as training goes on: lower and further left is better."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for rule, of_rule in runs.items():
+        curves = [[(p["target_loss"], p["text_loss"]) for p in run["curve"]] for run in of_rule.values()]
+        steps = zip(*curves, strict=True)
+        mean = [tuple(sum(values) / len(values) for values in zip(*points, strict=True)) for points in steps]
+        axis.plot(*zip(*mean, strict=True), "s-" if rule == FULL else "o-", markersize=3, label=rule)
+    axis.set_xlabel("target loss (mean over seeds)")
+    axis.set_ylabel("general text loss")
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

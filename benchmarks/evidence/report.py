@@ -31,14 +31,7 @@ class Results:
 
     def field(self, name: str, rule: str, *path: str) -> dict[int, float]:
         """A figure of each run by seed; runs without it are left out."""
-        found = {}
-        for seed, run in self.runs[name].get(rule, {}).items():
-            value = run
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            if isinstance(value, int | float) and not math.isnan(value):
-                found[seed] = value
-        return found
+        return by_seed(self.runs[name].get(rule, {}), *path)
 
 
 def read_results(folder: Path) -> Results:
@@ -48,6 +41,36 @@ def read_results(folder: Path) -> Results:
         setting = run["run"]
         runs[setting["set"]][setting["rule"]["name"]][setting["seed"]] = run
     return Results(runs)
+
+
+Runs = dict[str, dict[int, dict]]  # finished runs of a study with one set, by rule name, then by seed
+
+
+def read_runs(folder: Path) -> Runs:
+    """By name of the rule."""
+    runs: Runs = defaultdict(dict)
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        runs[run["run"]["name"]][run["run"]["seed"]] = run
+    return {rule: dict(sorted(of_rule.items())) for rule, of_rule in sorted(runs.items())}
+
+
+def by_seed(of_rule: dict[int, dict], *path: str) -> dict[int, float]:
+    """A figure of each run by seed; runs without it are left out."""
+    found = {}
+    for seed, run in of_rule.items():
+        value = run
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float) and not math.isnan(value):
+            found[seed] = value
+    return found
+
+
+def cost_of(of_rule: dict[int, dict]) -> str:
+    """Mean CPU seconds of training and of scoring."""
+    parts = [by_seed(of_rule, "cpu_seconds", purpose) for purpose in ("train", "score")]
+    return " + ".join(f"{sum(part.values()) / len(part):.0f}" for part in parts if part)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -102,7 +125,7 @@ def headline(results: Results, name: str) -> str:
                 "" if rule == FULL else wins(differences),
                 closed,
                 "" if rule == FULL else difference(text),
-                *("" if rule == FULL else _percent(values) for values in found),
+                *("" if rule == FULL else percent(values) for values in found),
                 cost(results, name, rule),
             ],
         ))  # fmt: skip
@@ -113,7 +136,8 @@ def headline(results: Results, name: str) -> str:
     return table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
-def _percent(values: dict[int, float]) -> str:
+def percent(values: dict[int, float]) -> str:
+    """Mean, rounded."""
     return f"{100 * sum(values.values()) / len(values):.0f}%" if values else ""
 
 
@@ -168,7 +192,7 @@ def dropped_by(results: Results, name: str, what: str) -> str:
     keys = sorted({key for runs in rules.values() for run in runs.values() for key in run["detection"].get(what, {})})
     rows = []
     for rule in sorted(rules):
-        rows.append([rule, *(_percent(results.field(name, rule, "detection", what, key)) for key in keys)])
+        rows.append([rule, *(percent(results.field(name, rule, "detection", what, key)) for key in keys)])
     return table(["rule", *keys], rows)
 
 
@@ -178,7 +202,7 @@ def choices(results: Results, name: str) -> str:
     for rule in results.runs[name]:
         found = [results.field(name, rule, "retention", key) for key in ("hellaswag", "arc")]
         if all(found):
-            rows.append([rule, str(len(found[0])), *(_percent(values) for values in found)])
+            rows.append([rule, str(len(found[0])), *(percent(values) for values in found)])
     return table(["rule", "seeds", "HellaSwag", "ARC challenge"], rows)
 
 

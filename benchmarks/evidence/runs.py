@@ -104,13 +104,13 @@ class Lab:
     ) -> dict:
         """Train under `rule`; held-out loss at the steps `measure_at`, retention at `retention_at`."""
         task = self.load_task(name, seed)
-        rows = self._order(task, seed, rule)
+        rows = self.order(task, seed, rule)
         known = task.validation[: rule.known_rows]
-        scorer = Scorer(self.scoring, known, self._moments(rows), self.end_of_turn, seed)
+        scorer = Scorer(self.scoring, known, self.moments(rows), self.end_of_turn, seed)
         size = self.study.training.rows_per_step
         costs, record, losses, retention = Costs(), Record(), {}, {}
         warmup = min(rule.warmup, rule.steps)
-        self._start(rows, rule, warmup, costs)
+        self.start(rows, rule, warmup, costs)
         weights: dict[int, np.ndarray] = {}
         for step in range(warmup, rule.steps):
             part = rows[step * size : (step + 1) * size]
@@ -125,7 +125,7 @@ class Lab:
                 weights = judge.train(part)
             else:
                 with Clock() as clock:
-                    self.trainer.step(part, [_weight(row, weights) for row in part])
+                    self.trainer.step(part, [weight_of(row, weights) for row in part])
                 costs.add("train", clock.cpu, clock.wall)
             record.add(part, weights, self.class_of)
             if step + 1 in measure_at:
@@ -140,7 +140,7 @@ class Lab:
             "detection": record.summary(),
         }
 
-    def _order(self, task: Task, seed: int, rule: Rule) -> list[Row]:
+    def order(self, task: Task, seed: int, rule: Rule) -> list[Row]:
         """Rows in training order, further epochs reshuffled. Validation rows get ids below zero: never dropped."""
         rows = list(task.train)
         if rule.with_validation:
@@ -151,7 +151,7 @@ class Lab:
             order += [rows[i] for i in np.random.default_rng([seed, 4, len(order)]).permutation(len(rows))]
         return order
 
-    def _moments(self, rows: list[Row]):
+    def moments(self, rows: list[Row]):
         """The optimizer's second moments; before its first step, those of eight batches at the start."""
 
         def moments():
@@ -162,7 +162,7 @@ class Lab:
 
         return moments
 
-    def _start(self, rows: list[Row], rule: Rule, warmup: int, costs: Costs) -> None:
+    def start(self, rows: list[Row], rule: Rule, warmup: int, costs: Costs) -> None:
         """Plain warm-up steps, run once for all rules of a task that share them. The oracle has none of its own."""
         key = (rule.with_validation, warmup, rule.choose == "oracle")
         if key not in self.starts:
@@ -239,14 +239,14 @@ class InRunJudge:
             known = losses.double().numpy()
             values = Values(known, known, np.concatenate([[0], np.cumsum(lengths)]))
             found.update(self._weights(part, values))
-            return torch.cat([_weight(row, found) for row in part]).to(losses.dtype)
+            return torch.cat([weight_of(row, found) for row in part]).to(losses.dtype)
 
         if self.estimator is not None:
             with Clock() as clock:
                 found = self._weights(part, score(self.estimator, part))
             self.costs.add("score", clock.cpu, clock.wall)
         with Clock() as clock:
-            self.lab.trainer.step(part, weigh if self.estimator is None else [_weight(row, found) for row in part])
+            self.lab.trainer.step(part, weigh if self.estimator is None else [weight_of(row, found) for row in part])
         self.costs.add("train", clock.cpu, clock.wall)
         return found
 
@@ -269,7 +269,7 @@ def _measure(rule: Rule, scorer: Scorer, rows: list[Row]) -> tuple[Values, Value
     return values, held_out
 
 
-def _weight(row: Row, weights: dict[int, np.ndarray]) -> torch.Tensor:
+def weight_of(row: Row, weights: dict[int, np.ndarray]) -> torch.Tensor:
     found = weights.get(row.row_id)
     return torch.ones(sum(row.response_mask)) if found is None else torch.from_numpy(found)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from alphatoken.architecture import decoder
 from alphatoken.baselines import Baseline, random_values
 from alphatoken.direction import (
     GradientOptions,
@@ -46,6 +47,7 @@ class Values:
     value: np.ndarray  # N
     loss: np.ndarray  # N
     offsets: np.ndarray  # R + 1
+    stability: np.ndarray | None = None  # N, where the scorer has a drift
 
 
 class Scorer:
@@ -58,9 +60,11 @@ class Scorer:
         moments: Callable[[], Tensors],
         end_of_turn: list[int],
         seed: int,
+        drift: Tensors | None = None,
     ) -> None:
+        """drift: exact values come with stability along it."""
         self.scoring, self.validation, self.moments, self.seed = scoring, validation, moments, seed
-        self.end_of_turn = end_of_turn
+        self.end_of_turn, self.drift = end_of_turn, drift
         self.reference: ScoringModel | None = None
 
     def values(self, signal: Signal, rows: list[Row]) -> Values:
@@ -112,11 +116,13 @@ class Scorer:
         return [total], [weight]
 
     def _along(self, signal: Signal, direction: Tensors):
+        drift = self.drift
         if signal.preconditioner == "adam":
             scale = adam_scale(self.moments())
             direction = {name: tensor * scale[name] for name, tensor in direction.items()}
+            drift = drift and {name: tensor * scale[name] for name, tensor in drift.items()}
         if signal.name == "exact":
-            return Exact(self.scoring, signal.parameters, direction)
+            return Exact(self.scoring, signal.parameters, direction, drift)
         return ValuePropagation(self.scoring, signal.parameters, direction)
 
     def _baseline(self, signal: Signal):
@@ -131,7 +137,7 @@ class _RandomValues:
     """No forward pass: random drops cost nothing."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self.adaptation, self.logprobs = values, torch.zeros_like(values)
+        self.adaptation, self.stability, self.logprobs = values, torch.zeros_like(values), torch.zeros_like(values)
 
 
 def mean_of(gradients: list[Tensors], weights: list[float]) -> Tensors:
@@ -143,16 +149,15 @@ def mean_of(gradients: list[Tensors], weights: list[float]) -> Tensors:
 
 def score(estimator, rows: list[Row]) -> Values:
     """Runs an estimator over rows in batches of similar length."""
-    value: dict[int, np.ndarray] = {}
-    loss: dict[int, np.ndarray] = {}
+    by_row: dict[int, np.ndarray] = {}  # 3 x tokens of the row: adaptation, logprobs, stability
     for group, batch in batches_of(rows):
         found = estimator(batch)
-        parts = zip(batch.split(found.adaptation), batch.split(found.logprobs), strict=True)
-        for i, (adaptation, logprobs) in zip(group, parts, strict=True):
-            value[i], loss[i] = adaptation.double().numpy(), -logprobs.double().numpy()
+        streams = torch.stack([found.adaptation, found.logprobs, found.stability], dim=1).double()
+        by_row |= {i: part.numpy().T for i, part in zip(group, batch.split(streams), strict=True)}
     order = range(len(rows))
-    offsets = np.concatenate([[0], np.cumsum([len(value[i]) for i in order])]).astype(np.int64)
-    return Values(np.concatenate([value[i] for i in order]), np.concatenate([loss[i] for i in order]), offsets)
+    offsets = np.concatenate([[0], np.cumsum([by_row[i].shape[1] for i in order])]).astype(np.int64)
+    adaptation, logprobs, stability = np.concatenate([by_row[i] for i in order], axis=1)
+    return Values(adaptation, -logprobs, offsets, stability)
 
 
 def joined(parts: list[Values]) -> Values:
@@ -187,7 +192,7 @@ def backward(scoring: ScoringModel, batch, weights: torch.Tensor | Weigh | None)
 
     Weights may depend on the losses of the same forward pass.
     """
-    hidden = scoring.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     predicting = hidden[batch.predicting]
     if callable(weights):
         return _backward_weighed(scoring, batch, predicting, weights)

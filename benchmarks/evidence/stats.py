@@ -1,6 +1,7 @@
 """Intervals, ranks and detection figures. Pure numpy."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,3 +56,37 @@ def precision_recall(dropped: np.ndarray, noise: np.ndarray) -> tuple[float, flo
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
+
+
+def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """y where x first falls to `level`, linear between the points; NaN where it never does."""
+    if x[0] <= level:
+        return float(y[0])
+    for (x0, y0), (x1, y1) in zip(zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False):
+        if x1 <= level:
+            return float(y0 + (y1 - y0) * (x0 - level) / (x0 - x1))
+    return math.nan
+
+
+def rank_correlation(points: np.ndarray) -> float:
+    """Spearman's, of the two columns of P x 2 points; NaN where a column does not vary."""
+    columns = [ranks(points[:, i]) for i in range(2)]
+    if len(points) < 3 or any(column.std() == 0 for column in columns):
+        return math.nan
+    return float(np.corrcoef(*columns)[0, 1])
+
+
+def bootstrap_interval(
+    groups: list[np.ndarray], statistic: Callable[[np.ndarray], float], draws: int = 1000
+) -> tuple[float, float]:
+    """95% interval of a statistic of all points together, whole groups drawn anew; NaN for a single group.
+
+    Points of one group depend on one another: windows of a run.
+    """
+    if len(groups) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(0)
+    found = [statistic(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
+             for _ in range(draws)]  # fmt: skip
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return float(low), float(high)

@@ -4,6 +4,8 @@ Training moves only the last `layers` decoder layers. What enters them never cha
 gradients and values are those of the whole model, for a third of the work. The library sees an ordinary causal LM.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -58,3 +60,10 @@ def load_suffix(name: str, layers: int) -> ScoringModel:
 def trained_parameters(scoring: ScoringModel) -> dict[str, nn.Parameter]:
     """Every weight of the decoder layers; embedding, final norm and head stay as they are."""
     return {name: p for name, p in scoring.model.named_parameters() if ".layers." in name}
+
+
+def frozen_copy(scoring: ScoringModel) -> ScoringModel:
+    """The model at its present weights, to stay so; what is never trained is shared, kept states of rows included."""
+    shared = (scoring.model.get_input_embeddings(), scoring.head.projection)
+    model = copy.deepcopy(scoring.model, {id(module): module for module in shared})
+    return ScoringModel(model, type(scoring.head)(model))

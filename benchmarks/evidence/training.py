@@ -1,5 +1,6 @@
 """The training loop: AdamW, a batch of rows per step, and weights per response token that a rule may set."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,20 @@ class Training:
     rows_per_step: int = 4
     rise: int = 4  # steps until the full rate
     betas: tuple[float, float] = (0.9, 0.999)
+
+    def rate_at(self, step: int) -> float:
+        """The rate of a step, from 0."""
+        return self.rate * min(1.0, (step + 1) / self.rise)
+
+
+@dataclass(frozen=True)
+class FallingRate(Training):
+    """The rate falls in a line, to zero behind the last of `fall` steps."""
+
+    fall: int = 48
+
+    def rate_at(self, step: int) -> float:
+        return super().rate_at(step) * max(0.0, 1.0 - step / self.fall)
 
 
 class Trainer:
@@ -45,13 +60,17 @@ class Trainer:
         """One step on `rows`; weights: for every row one weight per response token, or what finds them from the
         losses of the step's own forward pass. Returns the loss.
         """
+        joined = torch.cat(weights) if isinstance(weights, list) else weights
+        return self.update(lambda: backward(self.scoring, batch_of(rows), joined))
+
+    def update(self, add_gradient: Callable[[], float]) -> float:
+        """One optimizer step on the gradient that `add_gradient` leaves in .grad; returns what that returns."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer.zero_grad()
-        joined = torch.cat(weights) if isinstance(weights, list) else weights
-        loss = backward(self.scoring, batch_of(rows), joined)
+        loss = add_gradient()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * min(1.0, (self.steps + 1) / self.settings.rise)
+            group["lr"] = self.settings.rate_at(self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for parameter in self.parameters.values():
