@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch.autograd import forward_ad
@@ -135,7 +136,7 @@ def attention_forward(
     inputs = AttentionInputs(query, key, attention_mask, scale, softcap, s_aux)
     record = _recording.get()
     if record is not None and module.layer_idx in record.layers:
-        record.inputs[module.layer_idx] = inputs
+        record.inputs[cast(int, module.layer_idx)] = inputs
     if softcap is not None or s_aux is not None or (_differentiable.get() and _has_tangent(query, key, value)):
         return attend_in_blocks(inputs, value).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -48,7 +48,13 @@ class Batch:
 def make_batch(
     input_ids: Sequence[Sequence[int]], response_masks: Sequence[Sequence[bool]], row_ids: Sequence[int] | None = None
 ) -> Batch:
-    """Rows of unequal length to one right-padded batch."""
+    """Rows of unequal length to one right-padded batch, on the CPU.
+
+    A response token at position 0 has nothing to be predicted from and is taken out of the mask.
+
+    Raises:
+        ValueError: a row's mask is not as long as its input_ids.
+    """
     lengths = [len(row) for row in input_ids]
     shape = (len(lengths), max(lengths))
     ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)

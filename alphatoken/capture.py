@@ -71,6 +71,7 @@ def capture(
     check_all_ran(linears, outputs, attention_layers, attention)
     head = scoring.head(predicting.detach(), batch.targets, gradient=True)
     gradient = head.hidden_gradient
+    assert gradient is not None
     if token_weights is not None:
         gradient = gradient * token_weights[:, None].to(gradient.dtype)
     names = [linear.name for linear in linears]

@@ -44,6 +44,7 @@ def class_shares(
     counts = torch.zeros_like(values)
     for batch in batches:
         found = exact(batch).adaptation.double().cpu()
+        found = found.where(found.isfinite(), 0)  # of a row that the direction leaves out
         targets = batch.targets.cpu()
         if class_weights is not None:
             found *= class_weights.cpu()[targets]

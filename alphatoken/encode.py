@@ -54,7 +54,13 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes rows for one tokenizer. Raises UserError for a tokenizer that cannot be used."""
+    """Encodes rows for one tokenizer.
+
+    vocab_size: of the model; ids at or above it are refused.
+
+    Raises:
+        UserError: the tokenizer cannot be used.
+    """
 
     def __init__(self, tokenizer: Any, options: DataOptions, vocab_size: int) -> None:
         _check_tokenizer(tokenizer)
@@ -64,7 +70,12 @@ class Encoder:
         self.typed: str | None = None  # a special token in the text of the last row, whether it could be used or not
 
     def encode(self, row: dict) -> Encoded:
-        """Raises BadRowError with the reason for a row that cannot be used, UserError without a chat template."""
+        """Token ids of a row and which of them are response, both (T,), T at most `options.max_length`.
+
+        Raises:
+            BadRowError: the row cannot be used, with the reason.
+            UserError: it needs a chat template and the tokenizer has none.
+        """
         self.typed = None
         row = rename_columns(row, self.options.columns)
         try:

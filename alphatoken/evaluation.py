@@ -31,6 +31,8 @@ Item = TypeVar("Item")
 
 ITEMS_IN_MEMORY = 512  # sorted by length at a time
 
+Tick = Callable[[float], None]  # called with the number of items that a batch has dealt with; parts of one too
+
 
 @dataclass(frozen=True)
 class RowSums:
@@ -86,33 +88,45 @@ def estimate(rows: RowSums) -> Estimate:
 # loss
 
 
-def token_loss(scoring: ScoringModel, pieces: Iterable[Piece], batch_tokens: int) -> RowSums:
+def token_loss(
+    scoring: ScoringModel, pieces: Iterable[Piece], batch_tokens: int, tick: Tick = lambda items: None
+) -> RowSums:
     """Sum of the losses (nats) and number of the response tokens of every row; the pieces of a row are added up."""
     found: dict[int, tuple[float, int]] = {}
     for part in _parts(pieces):
         sequences = [(piece.input_ids, piece.response_mask) for piece in part]
-        for piece, losses in zip(part, _losses(scoring, sequences, batch_tokens), strict=True):
+        for piece, losses in zip(part, _losses(scoring, sequences, batch_tokens, len(part), tick), strict=True):
             before, count = found.get(piece.row_id, (0.0, 0))
             found[piece.row_id] = (before + float(losses.sum()), count + len(losses))
     return RowSums(found)
 
 
 def _losses(
-    scoring: ScoringModel, sequences: Sequence[tuple[list[int], list[bool]]], batch_tokens: int
+    scoring: ScoringModel,
+    sequences: Sequence[tuple[list[int], list[bool]]],
+    batch_tokens: int,
+    items: int,
+    tick: Tick,
 ) -> list[torch.Tensor]:
-    """For every (input_ids T, response_mask T) the losses of its response tokens: (N,) float64 on the CPU."""
+    """For every (input_ids T, response_mask T) the losses of its response tokens: (N,) float64 on the CPU.
+
+    items: how many the sequences are of, for `tick`.
+    """
     found: dict[int, torch.Tensor] = {}
     for group in plan_batches([len(ids) for ids, _ in sequences], batch_tokens):
         batch = make_batch([sequences[i][0] for i in group], [sequences[i][1] for i in group])
         losses = forward_losses(scoring, batch.to(scoring.device)).losses.double().cpu()
         found |= dict(zip(group, batch.split(losses), strict=True))
+        tick(items * len(group) / len(sequences))
     return [found[i] for i in range(len(sequences))]
 
 
 # multiple choice
 
 
-def choice_accuracy(scoring: ScoringModel, questions: Iterable[Question], batch_tokens: int) -> tuple[RowSums, RowSums]:
+def choice_accuracy(
+    scoring: ScoringModel, questions: Iterable[Question], batch_tokens: int, tick: Tick = lambda items: None
+) -> tuple[RowSums, RowSums]:
     """Whether the right choice is the likeliest: by log-likelihood, and by log-likelihood per character of its text
     (the usual normalisation: it does not depend on the tokenizer). A question with a NaN is not solved.
     """
@@ -124,7 +138,7 @@ def choice_accuracy(scoring: ScoringModel, questions: Iterable[Question], batch_
             for question in part
             for ids in question.choices
         ]
-        losses = iter(_losses(scoring, sequences, batch_tokens))
+        losses = iter(_losses(scoring, sequences, batch_tokens, len(part), tick))
         for question in part:
             totals = torch.stack([next(losses).sum() for _ in question.choices])  # C
             per_character = totals / torch.tensor(question.characters, dtype=totals.dtype)
@@ -148,6 +162,7 @@ def answer_accuracy(
     *,
     max_new_tokens: int,
     batch_tokens: int,
+    tick: Tick = lambda items: None,
 ) -> tuple[RowSums, int]:
     """Whether the greedy answer says what the reference says, after `extract` (a verifier); where that finds nothing
     (None) the answer is wrong. Also the number of answers that were cut at max_new_tokens.
@@ -163,6 +178,7 @@ def answer_accuracy(
                 right = said is not None and said == extract(part[i].reference)
                 solved[part[i].row_id] = (float(right), 1)
                 cut += not ends.intersection(answer)
+            tick(len(group))
     return RowSums(solved), cut
 
 

@@ -38,12 +38,13 @@ def plain_columns(table: pa.Table) -> pa.Table:
     return table.select(["input_ids", "labels"])
 
 
-def shifted_columns(table: pa.Table) -> pa.Table:
-    """tokens, and labels of which entry i is the token to predict from tokens[: i + 1]."""
+def torchtune_columns(table: pa.Table) -> pa.Table:
+    """tokens, labels (unshifted), and shifted_labels: entry i is the token to predict from tokens[: i + 1]."""
     labels, offsets = flat(table, "labels"), offsets_of(table, "labels")
     shifted = np.append(labels[1:], IGNORE_INDEX).astype(np.int32)
     shifted[offsets[1:] - 1] = IGNORE_INDEX
-    return pa.table({"tokens": table["input_ids"].combine_chunks(), "labels": _lists(offsets, shifted)})
+    tokens = table["input_ids"].combine_chunks()
+    return pa.table({"tokens": tokens, "labels": table["labels"], "shifted_labels": _lists(offsets, shifted)})
 
 
 def loss_mask_columns(table: pa.Table) -> pa.Table:
@@ -174,8 +175,10 @@ class TokenMasked(torch.utils.data.Dataset):
 '''
 
 TORCHTUNE_SNIPPET = """
-# Rows have `tokens` and `labels`, shifted already as torchtune's loss expects them.
+# For padded_collate_sft. The recipes of torchtune 0.6.1, its last release, shift labels themselves.
 rows = load_dataset("parquet", data_files="{folder}/data/*.parquet", split="train")
+# A checkout of its main branch from after April 2025 wants them shifted:
+# rows = rows.remove_columns("labels").rename_column("shifted_labels", "labels")
 """
 
 MASKS_BOTH = (
@@ -191,7 +194,7 @@ SFT: dict[str, Format] = {
     "unsloth": Format(plain_columns, UNSLOTH_SNIPPET),
     "open-instruct": Format(causal_columns, OPEN_INSTRUCT_SNIPPET),
     "verl": Format(loss_mask_columns, VERL_SNIPPET),
-    "torchtune": Format(shifted_columns, TORCHTUNE_SNIPPET),
+    "torchtune": Format(torchtune_columns, TORCHTUNE_SNIPPET),
 }
 DPO: dict[str, Format] = {
     "trl": Format(lambda table: table, TRL_DPO_SNIPPET),

@@ -22,7 +22,7 @@ def diagonal_fisher(scoring: ScoringModel, batches: Iterable[Batch], parameters:
     Raises:
         UserError: `parameters` has more than linear weights, or there is no row.
     """
-    if parameters == "all":
+    if parameters in ("all", "lora"):
         raise UserError(
             "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
         )

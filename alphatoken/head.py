@@ -137,6 +137,7 @@ class TrainedLosses(torch.autograd.Function):
         narrow = hidden.to(_compute_dtype(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             out = head(narrow, targets, gradient=True)
+        assert out.hidden_gradient is not None
         ctx.head = head
         ctx.save_for_backward(narrow, targets, out.hidden_gradient)
         gradient = out.hidden_gradient.to(hidden.dtype)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -12,6 +13,7 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 PACKAGES = ("alphatoken", "torch", "transformers", "ray", "datasets", "pyarrow")
+TARGET_COLUMN = re.compile(r"(mean_|chosen_|rejected_)?adaptation\.(.+)")
 
 COLUMNS = {
     "row_id": "unique number of the row: file index * 10^9 + row number in the file",
@@ -72,10 +74,16 @@ def data_card(stage: str, manifest: dict, columns: pa.Schema) -> str:
     """README.md of a data set folder (stage `score`, `mask`, ...), with the metadata block that hubs read."""
     rows = [
         {"name": field.name, "type": str(field.type).replace("element: ", "").replace("item: ", ""),
-         "meaning": COLUMNS.get(field.name, "carried over from the input")}
+         "meaning": _meaning(field.name)}
         for field in columns
     ]  # fmt: skip
     return _template().render(stage=stage, manifest=manifest, columns=rows)
+
+
+def _meaning(name: str) -> str:
+    if target := TARGET_COLUMN.fullmatch(name):
+        return f"{'mean ' if target[1] == 'mean_' else ''}adaptation for the target `{target[2]}` alone"
+    return COLUMNS.get(name, "carried over from the input")
 
 
 @cache

@@ -151,7 +151,7 @@ def _prompt_and_responses(row: dict, has_template: bool) -> tuple[Any, Any, Any]
             return prompt, chosen, rejected
         prompt = [{"role": "user", "content": prompt}]
     messages = check_messages(prompt, "prompt")
-    return messages, *(_as_turns(row[name], messages, name) for name in BRANCHES)
+    return messages, _as_turns(chosen, messages, BRANCHES[0]), _as_turns(rejected, messages, BRANCHES[1])
 
 
 def _as_turns(response: Any, prompt: list[dict], name: str) -> list[dict]:

@@ -41,7 +41,8 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
         "rows_dropped_sequences": int((states == DROPPED).sum()),
         **counted,
     }
-    whole = None if by_class[0] is None else sum(by_class)
+    known = [counts_of for counts_of in by_class if counts_of is not None]
+    whole = np.sum(known, axis=0) if known else None
     return MaskedShard(rows, masking.quarantine_table(table, states, plan, source), counts, whole)
 
 

@@ -10,13 +10,14 @@ positions (padding included), A pairs of query and key, N response tokens, D hid
     pass(layers)      = linear(layers) + attention(layers)
     forward           = pass(all layers) + head
 
-Trunk: the layers below the first scored one. Suffix: the others. R directions (2 with stability):
+Trunk: the layers below the first scored one. Suffix: the others. R directions (one per target, one for stability):
 
     loss, entropy, random   forward
     excess_loss             forward + forward of the reference
     exact, central          pass(trunk) + R (2 pass(suffix) + 2 head)
-    exact, forward mode     pass(trunk) + R (3 pass(suffix) + 2 head)       x W', x' W and x W; head: logits, dl/dh;
-                                                                            + head where its weights are scored
+    exact, forward mode     pass(trunk) + R 3 pass(suffix) + 2 head         x W', x' W and x W; head: logits, dl/dh;
+                                                                            R 3 head where its weights are scored
+      several targets       pass(trunk) + (1 + 2 R) pass(suffix) + 2 head   x W is shared
     value_propagation       forward + head + linear(suffix) + 5/2 attention(suffix)                     backward pass
                             + R 2 N (sum(d_in d_out) + d_in d_value) + half attention(suffix)           contraction
     direction               forward + head + 2 linear(suffix) + 5/2 attention(suffix), on validation rows
@@ -98,6 +99,7 @@ class Method:
     kind: Kind
     first_layer: int = 0  # the first scored one
     directions: int = 1  # R
+    shared_pass: bool = False  # several targets in forward mode: the layers' own pass is computed once
     every_parameter: bool = False  # --parameters all: head and embeddings too
     window: int = 32
     wide_tangents: bool = False  # bfloat16 on a CPU without AMX: [W M] in float32 (tangent_linear.py)
@@ -217,8 +219,10 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
         once = linear + attention_flops(model, suffix, work.pairs) + head
         return total + shared + method.directions * 2 * once
     if method.kind == "forward":
-        along = 3 * linear + 3 * attention_flops(model, suffix, work.block_pairs)
-        return total + shared + method.directions * (along + (3 if method.every_parameter else 2) * head)
+        once = linear + attention_flops(model, suffix, work.block_pairs)
+        passes = 1 + 2 * method.directions if method.shared_pass else 3 * method.directions
+        heads = 3 * method.directions if method.every_parameter else 2
+        return total + shared + passes * once + heads * head
     causal = 0.0
     if method.window:
         values = sum(layer.value_width for layer in suffix)

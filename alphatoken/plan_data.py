@@ -13,7 +13,10 @@ from alphatoken.errors import BadRowError, UserError
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.plan_config import PlanConfig
 from alphatoken.sources import ReadUnit, SourceRow, plan_units, read_unit
+from alphatoken.targets import validation_files
 from alphatoken.tokenizer import load_config, load_tokenizer
+
+ROWS_PER_REPORT = 500  # of progress
 
 
 def check_data(config: PlanConfig, units: list[ReadUnit]) -> bool:
@@ -25,7 +28,7 @@ def check_data(config: PlanConfig, units: list[ReadUnit]) -> bool:
     else:
         check_source(units, config, tokenizer)
     if config.validation:
-        check_source(plan_units(config.validation), config, tokenizer)
+        check_source(plan_units(validation_files(config.validation)), config, tokenizer)
     return pairs
 
 
@@ -83,7 +86,13 @@ def sequence_encoder(model: str, options: DataOptions, trust_remote_code: bool, 
     return encode
 
 
-def survey_rows(units: list[ReadUnit], encode: Callable[[dict], Sequences], sample_rows: int, seed: int = 0) -> Survey:
+def survey_rows(
+    units: list[ReadUnit],
+    encode: Callable[[dict], Sequences],
+    sample_rows: int,
+    seed: int = 0,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Survey:
     """Read every row once, encode at most `sample_rows` of them, each equally likely (reservoir sampling).
 
     Raises:
@@ -100,9 +109,15 @@ def survey_rows(units: list[ReadUnit], encode: Callable[[dict], Sequences], samp
             if place < sample_rows:
                 sample[place : place + 1] = [(rows, row)]
             rows += 1
+            if progress and rows % ROWS_PER_REPORT == 0:
+                progress("rows read", rows, None)
     started = time.perf_counter()
-    sequences, reasons, examples = [], Counter(), {}
-    for _, row in sorted(sample, key=lambda item: item[0]):
+    reasons: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    sequences = []
+    for number, (_, row) in enumerate(sorted(sample, key=lambda item: item[0])):
+        if progress and number % ROWS_PER_REPORT == 0:
+            progress("rows encoded", number, len(sample))
         try:
             if row.data is None:
                 raise BadRowError(row.error)

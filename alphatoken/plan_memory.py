@@ -83,7 +83,7 @@ def actor_memory(
     other = element * reference.parameters if reference else 0
     copies = copies_bytes(model, method, element)
     starting = copies + other
-    if method.directions == 2:  # the drift in float32, made where the weights are
+    if method.directions >= 2:  # the drift in float32, made where the weights are
         starting += 4 * scored
     same_tensors = method.kind == "forward" and dtype == "float32"  # the tangents are the loaded directions
     if on_cpu and not same_tensors:  # direction files in float32: on a GPU machine they are in the host's memory

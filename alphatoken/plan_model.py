@@ -1,6 +1,7 @@
 """The models and the method of a plan: structure from configurations, on torch's meta device, without weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from alphatoken.plan_memory import Memory, actor_memory
 from alphatoken.readers import first_line
 from alphatoken.scoring import default_parameters
 from alphatoken.tangent_linear import wide_products
+from alphatoken.targets import target_names
 from alphatoken.tokenizer import load_config
 
 
@@ -61,9 +63,9 @@ def read_run(config: PlanConfig, pairs: bool) -> PlannedRun:
     dtype = resolve_dtype(config.dtype, device)
     valued = config.estimator in ("exact", "value_propagation")
     parameters = _parameters(config) if valued else None
-    kind = choose_method(config.method, dtype) if config.estimator == "exact" else config.estimator
+    kind: Any = choose_method(config.method, dtype) if config.estimator == "exact" else config.estimator
     model = meta_model(config.model, config.trust_remote_code)
-    if config.estimator == "value_propagation":
+    if config.estimator == "value_propagation" and parameters:
         check_value_projections(scored_linears(model, parameters), model)
     shape = shape_of(model, values=config.estimator == "value_propagation")
     reference = None
@@ -71,13 +73,15 @@ def read_run(config: PlanConfig, pairs: bool) -> PlannedRun:
         reference = shape_of(meta_model(config.reference_model, config.trust_remote_code))
     elif config.reference_model and config.estimator == "excess_loss":
         reference = shape  # loaded a second time
+    targets, wide = _targets(config), wide_products(device, dtype)
     method = Method(
         kind=kind if valued else "plain",
         first_layer=_first_layer(model, parameters),
-        directions=2 if valued and config.fisher else 1,
+        directions=targets + bool(valued and config.fisher),
+        shared_pass=targets > 1 and not wide,
         every_parameter=parameters == "all",
         window=config.window,
-        wide_tangents=wide_products(device, dtype),
+        wide_tangents=wide,
         entropy=config.estimator == "entropy",
         plain_passes=int(pairs and kind == "central"),
         response_outer=config.estimator == "value_propagation",
@@ -92,6 +96,14 @@ def _parameters(config: PlanConfig) -> str:
     if found and config.parameters and found != config.parameters:
         raise UserError(f"{config.direction} covers --parameters {found}, not {config.parameters}; make it again")
     return config.parameters or found or default_parameters(config.estimator)
+
+
+def _targets(config: PlanConfig) -> int:
+    """How many directions adaptation is along."""
+    named = target_names(config.validation)
+    if config.direction:
+        named = list(tensor_file.read_provenance(config.direction, "direction").targets)
+    return max(1, len(named))
 
 
 def _first_layer(model: PreTrainedModel, parameters: str | None) -> int:
@@ -144,7 +156,8 @@ def _sizes(weight: ScoredWeight, model: PreTrainedModel) -> tuple[int, int, int]
     """(d_out, d_in, how many such matrices a position is multiplied with). Of fused experts: those it is routed to."""
     shape = tuple(weight.parameter.shape)
     if isinstance(weight, ScoredLinear):
-        return *tuple(weight.from_native(weight.parameter).shape), 1
+        d_out, d_in = weight.from_native(weight.parameter).shape
+        return d_out, d_in, 1
     if isinstance(weight.module, nn.Conv1d):  # d_out, channels of a group, width of the kernel
         return shape[0], shape[1] * shape[2], 1
     if len(shape) == 2:  # a router

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from alphatoken.plan_data import Survey, check_data, sequence_encoder, survey_ro
 from alphatoken.plan_memory import Memory, direction_memory
 from alphatoken.plan_model import PlannedRun, read_run
 from alphatoken.sources import ReadUnit, plan_units
+from alphatoken.targets import validation_files
 
 USABLE_MEMORY = 0.9  # of a device: the rest is for its context, fragments and what formulas leave out
 SMALLEST_BATCH_TOKENS = 256
@@ -24,8 +26,10 @@ TOO_FEW_SHARDS = 3  # per actor
 MAX_REASONS = 5
 MATMUL_SIZE, MATMUL_SECONDS = 1536, 0.5
 
+Progress = Callable[[str, int, int | None], None]  # called with (what, how many are done, of how many if that is known)
 
-def plan_score(config: PlanConfig, units: list[ReadUnit], block_tokens: int) -> dict:
+
+def plan_score(config: PlanConfig, units: list[ReadUnit], block_tokens: int, progress: Progress | None = None) -> dict:
     """The plan as JSON values; sizes in bytes, times in hours, operations in FLOPs.
 
     units: of `config.data`. block_tokens: tokens per shard of the run, within which rows are sorted by length.
@@ -35,11 +39,11 @@ def plan_score(config: PlanConfig, units: list[ReadUnit], block_tokens: int) -> 
     """
     run = read_run(config, check_data(config, units))
     encode = sequence_encoder(config.model, config, config.trust_remote_code, run.pairs)
-    data = survey_rows(units, encode, config.sample_rows)
+    data = survey_rows(units, encode, config.sample_rows, progress=progress)
     validation = None
     if config.validation and run.parameters:
         rows = sequence_encoder(config.model, config, config.trust_remote_code, False)
-        validation = survey_rows(plan_units(config.validation), rows, config.sample_rows)
+        validation = survey_rows(plan_units(validation_files(config.validation)), rows, config.sample_rows)
     device = this_machine(run.dtype) if config.device == "cpu" else DEVICES[config.device]
     fit = _fit(config, run, data, validation, block_tokens, device)
     hours = _hours(config, run, fit, device)

@@ -158,7 +158,8 @@ def _persistent_items(unit: ReadUnit) -> Iterator[Item]:
 def _read_jsonl(unit: ReadUnit) -> Iterator[Item]:
     with open_input(unit.path) as stream:
         # Remote files of fsspec have a readline without a limit.
-        buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream, BUFFER_BYTES)
+        raw: Any = stream
+        buffered: Any = raw if isinstance(raw, io.BufferedIOBase) else io.BufferedReader(raw, BUFFER_BYTES)
         yield from _stop_where_unreadable(_parsed_lines(buffered), 0)
 
 

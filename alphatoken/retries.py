@@ -70,8 +70,9 @@ def retried(operation: Callable[[], Result], uri: str) -> Result:
             return operation()
         except Exception as error:  # is_transient knows errors of drivers that are not installed here
             if is_disk_full(error):
+                full = getattr(error, "strerror", error)
                 raise UserError(
-                    f"{uri}: no space is left there ({error.strerror}); free some and run the same command again: it "
+                    f"{uri}: no space is left there ({full}); free some and run the same command again: it "
                     "resumes"
                 ) from error
             if not is_transient(error):

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from alphatoken.config import Dtype
+from alphatoken.config import Dtype, check_decoder_weights
+from alphatoken.targets import one_target
 from alphatoken.train_config import BY_VALUE, TrainConfig
 
 
@@ -95,8 +96,8 @@ class RoundsConfig(TrainConfig):
             raise ValueError("--generate 1: a pair needs two responses or more")
         if self.objective == "dpo" and self.lora_rank and not self.reference_model:
             raise ValueError("rounds of dpo with --lora-rank need --reference-model, which the actors load")
-        if self.parameters == "all":
-            raise ValueError("rounds score linear weights: use --parameters last-layers:K or all-linear")
+        check_decoder_weights(self.parameters, "rounds score")
+        one_target(self.validation, "rounds know")
 
     @model_validator(mode="after")
     def _rounds_are_consistent(self) -> "RoundsConfig":

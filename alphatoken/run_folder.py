@@ -6,6 +6,7 @@
     OUT/token_classes.parquet                 what each token id is
     OUT/direction.safetensors                 where score made its own
     OUT/commits/<first row id>.json           one per finished shard; gone once the run is finished
+    OUT/attempts/<first row id>.json          one per block that is being scored: see pipelines/poison.py
     OUT/README.md                             data card
     OUT/manifest.json                         what came out; written last: a folder with it is complete
 
@@ -28,13 +29,16 @@ SHARD_FILES = {
     "data": re.compile(r"^train-([0-9]{15})\.parquet$"),
     "quarantine": re.compile(r"^quarantine-([0-9]{15})\.parquet$"),
     "commits": re.compile(r"^([0-9]{15})\.json$"),
+    "attempts": re.compile(r"^([0-9]{15})\.json$"),
 }
 SHOWN_DIFFERENCES = 5
+
+UNKNOWN = object()  # in an identity: what only a loaded model could tell
 
 State = Literal["new", "resume", "finished"]
 
 
-def row_id_runs(row_ids: np.ndarray) -> list[list[int]]:
+def row_id_runs(row_ids: np.ndarray | list[int]) -> list[list[int]]:
     """Row ids (any order, no repeats needed) as sorted runs [[first, last], ...] of consecutive numbers."""
     ids = np.unique(np.asarray(row_ids, dtype=np.int64))
     if not len(ids):
@@ -70,21 +74,28 @@ class RunFolder:
         where another run's results are in the way (unless `overwrite`) and where files are that no run wrote (always:
         they are not ours to delete).
         """
-        earlier = self._earlier_identity()
-        if earlier is not None and (overwrite or (any(_differences(earlier, identity)) and not self._has_results())):
-            self._remove_own_files()
-            earlier = None
-        if earlier is None:
+        state = self.look(identity, overwrite)
+        if state == "new":
+            if storage.exists(self._path("run.json")):
+                self._remove_own_files()
             storage.write_json(identity, self._path("run.json"))
+        elif state == "finished":
+            self._remove_records()  # left where the run was killed just after its manifest
+        else:
+            self._remove_orphans()
+        return state
+
+    def look(self, identity: dict, overwrite: bool = False) -> State:
+        """What `open` would return or raise; nothing is changed. UNKNOWN in `identity` agrees with any value."""
+        earlier = self._earlier_identity()
+        if earlier is None or overwrite:
             return "new"
         differences = list(_differences(earlier, identity))
-        if differences:
+        if differences and self._has_results():
             raise UserError(_describe(self.uri, differences))
-        if storage.exists(self._path("manifest.json")):
-            storage.remove_tree(self._path("commits"))  # left where the run was killed just after its manifest
-            return "finished"
-        self._remove_orphans()
-        return "resume"
+        if differences:
+            return "new"
+        return "finished" if storage.exists(self._path("manifest.json")) else "resume"
 
     def write_shard(self, data: pa.Table | None, quarantine: pa.Table | None, record: dict) -> None:
         """Write one shard's rows and rejected rows (None or empty: no file), then its commit record.
@@ -110,7 +121,7 @@ class RunFolder:
         """Data card, then the manifest; only then do the commit records go."""
         storage.write_bytes(card.encode(), self._path("README.md"))
         storage.write_json(manifest, self._path("manifest.json"))
-        storage.remove_tree(self._path("commits"))
+        self._remove_records()
 
     def manifest(self) -> dict:
         """UserError if the run has not finished."""
@@ -156,6 +167,10 @@ class RunFolder:
                     storage.remove_file(self._path(folder, name))
         self._remove_temporary_files()
 
+    def _remove_records(self) -> None:
+        for folder in ("commits", "attempts"):
+            storage.remove_tree(self._path(folder))
+
     def _remove_temporary_files(self) -> None:
         for folder in ("", *SHARD_FILES):
             for name in storage.list_names(self._path(folder) if folder else self.uri):
@@ -190,7 +205,9 @@ def manifest_of(folder: str, stage: str, option: str) -> dict:
 
 def first_row_id_of(shard: str) -> int:
     """What the name of a shard says, for an output shard under the same name."""
-    return int(SHARD_FILES["data"].match(storage.name_of(shard)).group(1))
+    found = SHARD_FILES["data"].match(storage.name_of(shard))
+    assert found, "a shard's name"
+    return int(found.group(1))
 
 
 def _digits(first_row_id: int) -> str:
@@ -202,7 +219,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif _plain(old) != _plain(new):
+    elif new is not UNKNOWN and _plain(old) != _plain(new):
         yield name, old, new
 
 

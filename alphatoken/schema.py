@@ -37,6 +37,9 @@ SCORED = pa.schema(
     ]
 )
 
+# Where targets have names (`score --validation math=FILE code=FILE`): `adaptation` is the sum of `adaptation.math` and
+# `adaptation.code`, which follow as columns, and so do `mean_adaptation.math` ... See targets.py.
+
 # The paper's four terms, `score --terms`: adaptation = direct + causal, stability = direct + causal.
 TERMS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
 

@@ -82,10 +82,17 @@ def keep_tokens(
     threshold: float | None = None,
     min_value: float | None = None,
 ) -> np.ndarray:
-    """True (N,) where a response token is kept.
+    """True (N,) where a response token is kept: the paper's mask, with its options.
 
-    `protected` tokens are kept and left out of the threshold. `threshold` (scope data set) replaces each row's own.
-    Tokens below `min_value` go too. A row that would keep nothing keeps its highest token.
+    A row that would keep nothing keeps its highest token. Nothing is checked here: values have to be finite.
+
+    Args:
+        values: float32 (N,), row after row, response tokens only.
+        offsets: (R + 1,), where rows begin and end in `values`.
+        keep_fraction: of each row's tokens, above 0 and at most 1; tokens as good as the last kept one are kept, too.
+        protected: bool (N,), tokens that are kept and left out of the threshold.
+        threshold: of a whole data set, in the place of each row's own.
+        min_value: tokens of a lower value go as well.
     """
     if threshold is not None:
         keep = values >= np.float32(threshold)

@@ -82,7 +82,7 @@ class SpecialTokens:
         """A copy that finds no special token in a text, but placeholders in the same way; and what their ids mean."""
         from tokenizers import AddedToken, Tokenizer
 
-        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend: Any = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
         names = {PLACEHOLDER.format(token_id): token for token_id, token in self._added.values()}

@@ -230,7 +230,8 @@ def write_table(table: pa.Table, uri: str) -> None:
 
 def _leaves(schema: pa.Schema) -> tuple[list[str], list[str]]:
     """Parquet paths of the columns (of list columns: of their items): (all but floats, floats)."""
-    repeating, floats = [], []
+    repeating: list[str] = []
+    floats: list[str] = []
     for field in schema:
         is_list = pa.types.is_list(field.type)
         kind = field.type.value_type if is_list else field.type

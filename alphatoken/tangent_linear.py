@@ -42,7 +42,7 @@ def stacked_tangents(stacked: Stacked) -> Iterator[None]:
     """Inside a dual level: the layers' outputs carry the tangent that the stacked weights give."""
     try:
         for module, weight in stacked.items():
-            module.forward = _forward_of(module, weight)
+            module.forward = _forward_of(module, weight)  # type: ignore[method-assign]
         yield
     finally:
         for module in stacked:

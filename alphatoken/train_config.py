@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
-from alphatoken.config import DirectionShape, StageConfig, check_parameters
+from alphatoken.config import DirectionShape, StageConfig, check_decoder_weights, check_parameters
+from alphatoken.targets import one_target
 
 PAPER = {
     "estimator": "value_propagation", "parameters": "last-layers:3", "rule": "share", "keep_fraction": 0.5,
@@ -166,8 +167,8 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if self.rule == "none":
             raise ValueError("--rule none leaves nothing out: train without --in-run")
         self._check_validation_objective()
-        if self.parameters == "all":
-            raise ValueError("--in-run scores linear weights: use --parameters last-layers:K or all-linear")
+        check_decoder_weights(self.parameters, "--in-run scores")
+        one_target(self.validation, "--in-run knows")
         if self.lora_rank:
             raise ValueError("--in-run trains all weights; with --lora-rank use `alphatoken rounds`")
         if self.fsdp:

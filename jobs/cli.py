@@ -8,22 +8,33 @@ import argparse
 import difflib
 import json
 import logging
+import math
+import os
 import re
+import signal
 import sys
+import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from alphatoken.errors import UserError
+from jobs import ending
 
-OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+HEAVY = ("direction", "fisher", "generate", "pair", "score", "train", "rounds")  # commands with --dry-run
+OUTPUT_STATES = {
+    "new": "new",
+    "replace": "what is there would be replaced",
+    "resume": "the same run was cut off and would go on, if the weights are the same",
+    "finished": "the same run is finished; nothing would be done, if the weights are the same",
+}
 
 Main = Callable[[Any], dict | None]
 Show = Callable[[Any, dict], None]
@@ -39,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
         # argparse takes -1e-3 for an option unless told what a negative number looks like.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -61,27 +72,41 @@ def run(
     """Parse `argv` into a config_class, call `main(config)` and return the exit code.
 
     0: done. 2: wrong use, bad values or data (pydantic errors, UserError), each told in one sentence on stderr.
-    1: anything else. 130: Ctrl-C. `main` returns JSON values: printed as one line with --json, else given to
-    `show(config, result)`.
+    1: anything else. 130: Ctrl-C. 143: SIGTERM. `main` returns JSON values: printed as one line with --json, else given
+    to `show(config, result)`. The last line on stderr, `PROG: ...`, says why a run ended.
     """
     prog = prog or f"alphatoken {config_class.__name__.removesuffix('Config').lower()}"
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        options = _parser(config_class, prog).parse(argv)
+        parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip())
+        add_options(parser, config_class, prog)
+        options = parser.parse(argv)
         as_json = options.pop("json", False)
         options.pop("debug", None)
+        dry = options.pop("dry_run", False)
         config = _build(config_class, options)
-        result = main(config)
+        main, show = (dry_run, show_dry_run) if dry else (main, show)
+        started = time.time()
+        with ending.by_signal():
+            result = main(config)
         if as_json:
-            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
         elif show and result is not None:
             show(config, result)
+        if hasattr(config, "output") and not dry:
+            _report(prog, [ending.sentence(result, started)], OK, debug=False)
+        sys.stdout.flush()
         return OK
-    except SystemExit as stop:  # --help
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter would complain at its end, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except SystemExit as stop:  # --help; and SIGTERM as Ray tells it
+        if stop.code == signal.SIGTERM:
+            return _report(prog, [ending.interrupted("SIGTERM")], TERMINATED, debug)
         return stop.code if isinstance(stop.code, int) else FAILED
     except KeyboardInterrupt:
-        return _report(prog, ["interrupted; run the same command again to go on"], INTERRUPTED, debug)
+        return _report(prog, [ending.interrupted("Ctrl-C")], INTERRUPTED, debug)
     except ValidationError as error:
         return _report(prog, [_sentence(problem) for problem in error.errors()], WRONG_USE, debug)
     except UserError as error:
@@ -91,24 +116,33 @@ def run(
         return _report(prog, [text], FAILED, debug)
 
 
-@contextmanager
-def shard_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; the function that it gives is told (shards done, shards in all)."""
+def dry_run(config: Any) -> dict:
+    """Every check of the run that needs no weights, and what it would do. Writes nothing."""
+    from pipelines.dry_run import dry_run as check  # imports Ray and torch: not before the arguments are right
+
+    return check(config)
+
+
+def show_dry_run(config: Any, found: dict) -> None:
+    """What `dry_run` returns, for people."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        text = f"{value:,}" if isinstance(value, int) else "; ".join(value) if isinstance(value, list) else str(value)
+        if name != "dry_run" and value is not None:
+            table.add_row(name.replace("_", " "), OUTPUT_STATES.get(text, text) if name == "state" else text)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+    console.print("dry run: the checks passed, nothing was written")
 
 
-def folder_first(argv: Sequence[str] | None) -> list[str]:
-    """The arguments, where the folder may come without --input."""
+def folder_first(argv: Sequence[str] | None, option: str = "--input") -> list[str]:
+    """The arguments, where the first one may come without its option's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--input")
+        arguments.insert(0, option)
     return arguments
 
 
@@ -128,6 +162,15 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _report(prog: str, sentences: list[str], code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
@@ -136,8 +179,8 @@ def _report(prog: str, sentences: list[str], code: int, debug: bool) -> int:
     return code
 
 
-def _parser(config_class: type[BaseModel], prog: str) -> _Parser:
-    parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip())
+def add_options(parser: argparse.ArgumentParser, config_class: type[BaseModel], prog: str) -> None:
+    """An option for each field, and those that every command has."""
     own = config_class.__annotations__  # what the stage is about first, what all stages share after it
     fields = sorted(config_class.model_fields.items(), key=lambda item: (not item[1].is_required(), item[0] not in own))
     for name, field in fields:
@@ -145,7 +188,8 @@ def _parser(config_class: type[BaseModel], prog: str) -> _Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; the command line wins")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    if prog.rpartition(" ")[2] in HEAVY:
+        parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")
 
 
 def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
@@ -168,15 +212,15 @@ def _members(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _choices(field: FieldInfo) -> list[str]:
+def choices(field: FieldInfo) -> list[str]:
     literals = [kind for kind in _members(field.annotation) if get_origin(kind) is Literal]
     return [str(choice) for literal in literals for choice in get_args(literal)]
 
 
 def _help(field: FieldInfo) -> str:
     notes = []
-    if choices := _choices(field):
-        notes.append("one of " + ", ".join(choices))
+    if found := choices(field):
+        notes.append("one of " + ", ".join(found))
     if field.is_required():
         notes.append("required")
     elif field.default not in (None, PydanticUndefined, [], {}) and field.annotation is not bool:
@@ -234,7 +278,7 @@ def _as_text(value: Any, field: FieldInfo) -> Any:
     return str(value) if is_number and set(_members(field.annotation)) == {str} else value
 
 
-def _sentence(problem: dict[str, Any]) -> str:
+def _sentence(problem: Mapping[str, Any]) -> str:
     """One pydantic error, named by its option: `--keep-fraction 1.5: input should be less than or equal to 1`."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:

@@ -19,8 +19,11 @@ HELD_OUT_ROWS = 12
 TRAINING = {"per_device_batch_size": 2, "learning_rate": 2e-5, "logging_steps": 6}
 
 
+CONFIG = DemoConfig
+
+
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(DemoConfig, _demo, argv, show=_show, prog="alphatoken demo")
+    return cli.run(CONFIG, _demo, argv, show=_show, prog="alphatoken demo")
 
 
 def _demo(config: DemoConfig) -> dict:
@@ -29,8 +32,8 @@ def _demo(config: DemoConfig) -> dict:
         from jobs.demo_preference import run_preference
 
         return run_preference(config, _say)
+    from alphatoken.row_view import read_rows
     from jobs.score import score_with_progress
-    from jobs.show import read_rows
     from pipelines.mask import run_mask
 
     folder = Path(config.output)
@@ -45,7 +48,6 @@ def _demo(config: DemoConfig) -> dict:
             output=str(folder / "scored"),
             overwrite=config.overwrite,
         ),
-        total_rows=config.rows,
     )
     masked_folder = str(folder / "masked")
     masked = run_mask(MaskConfig(input=str(folder / "scored"), output=masked_folder, overwrite=config.overwrite))
@@ -60,7 +62,7 @@ def _demo(config: DemoConfig) -> dict:
 
 def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -> dict:
     """The same steps on every token and in rounds; losses of both models and of the one before."""
-    from jobs.train import training_console
+    from jobs.train import training_bar
     from pipelines.evaluate import run_evaluate
     from pipelines.rounds import run_rounds
 
@@ -68,20 +70,19 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
     for name, plain_steps in (("plain", config.steps), ("rounds", min(12, config.steps))):
         words = "on every token" if name == "plain" else "in rounds: values again every 12 steps, suspects dropped"
         _say(f"{len(models) + 1}. Training {config.steps} steps {words}.")
-        manifest = run_rounds(
-            RoundsConfig(
-                model=EMBEDDED_MODEL,
-                data=[data],
-                validation=validation,
-                output=str(folder / name),
-                max_steps=config.steps,
-                plain_steps=plain_steps,
-                rule="suspect",
-                overwrite=config.overwrite,
-                **TRAINING,
-            ),
-            training_console(),
+        rounds = RoundsConfig(
+            model=EMBEDDED_MODEL,
+            data=[data],
+            validation=validation,
+            output=str(folder / name),
+            max_steps=config.steps,
+            plain_steps=plain_steps,
+            rule="suspect",
+            overwrite=config.overwrite,
+            **TRAINING,
         )
+        with training_bar(rounds) as progress:
+            manifest = run_rounds(rounds, progress)
         seconds[name] = manifest["seconds"]
         models.append(str(folder / name / "model"))
     _say("4. Held-out losses, before and after.")

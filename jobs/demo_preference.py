@@ -22,7 +22,7 @@ def run_preference(config: DemoConfig, say: Callable[[str], None]) -> dict[str, 
     from alphatoken import storage
     from jobs.generate import generate_with_progress
     from jobs.score import score_with_progress
-    from jobs.train import training_console
+    from jobs.train import training_bar
     from pipelines.mask import run_mask
     from pipelines.pair import run_pair
     from pipelines.train import run_train
@@ -53,7 +53,6 @@ def run_preference(config: DemoConfig, say: Callable[[str], None]) -> dict[str, 
             output=folders["scored_pairs"],
             **again,
         ),
-        total_rows=paired["counts"]["rows_out"],
     )
     masked = run_mask(MaskConfig(input=folders["scored_pairs"], output=folders["masked_pairs"], **again))
     result = {
@@ -71,18 +70,17 @@ def run_preference(config: DemoConfig, say: Callable[[str], None]) -> dict[str, 
     if not config.steps:
         return result
     say("4. DPO on the kept tokens, without a reference model: its log-probabilities are in the data.")
-    trained = run_train(
-        TrainConfig(
-            objective="dpo",
-            data=folders["masked_pairs"],
-            model=EMBEDDED_MODEL,
-            output=folders["dpo"],
-            max_steps=min(config.steps, max(1, masked["counts"]["rows_out"] // 2)),
-            **TRAINING,
-            **again,
-        ),
-        training_console(),
+    training = TrainConfig(
+        objective="dpo",
+        data=folders["masked_pairs"],
+        model=EMBEDDED_MODEL,
+        output=folders["dpo"],
+        max_steps=min(config.steps, max(1, masked["counts"]["rows_out"] // 2)),
+        **TRAINING,
+        **again,
     )
+    with training_bar(training) as progress:
+        trained = run_train(training, progress)
     result["seconds"]["train"] = trained["seconds"]
     return result | {"model": f"{folders['dpo']}/model", "training": trained["counts"]}
 

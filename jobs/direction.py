@@ -9,15 +9,25 @@ if __name__ == "__main__":  # `python jobs/direction.py` puts jobs/ first on the
 from alphatoken.config import DirectionConfig
 from jobs import cli
 
+CONFIG = DirectionConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(DirectionConfig, _direction, argv, show=cli.show_tensor_file, prog="alphatoken direction")
+    return cli.run(CONFIG, _direction, argv, show=cli.show_tensor_file, prog="alphatoken direction")
 
 
 def _direction(config: DirectionConfig) -> dict:
-    from pipelines.direction import run_direction  # imports Ray and torch: not before the arguments are right
+    from alphatoken.row_count import count_rows
+    from jobs.progress import progress_bar
+    from pipelines.direction import VALIDATION_ROWS, run_direction  # imports Ray and torch: not before the arguments
 
-    return run_direction(config)
+    with progress_bar("rows") as bar:
+        if not bar.drawn:
+            return run_direction(config)
+        total = count_rows(config.validation)
+        return run_direction(
+            config, lambda what, done: bar.update(what, done, total if what == VALIDATION_ROWS else None)
+        )
 
 
 if __name__ == "__main__":

@@ -12,21 +12,24 @@ from jobs import cli
 PERCENT = ("accuracy", "accuracy_normalized")
 
 
+CONFIG = EvaluateConfig
+
+
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(EvaluateConfig, _evaluate, argv, show=show_measures, prog="alphatoken evaluate")
+    return cli.run(CONFIG, _evaluate, argv, show=show_measures, prog="alphatoken evaluate")
 
 
 def _evaluate(config: EvaluateConfig) -> dict:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from alphatoken.row_count import count_rows
+    from jobs.progress import progress_bar
     from pipelines.evaluate import run_evaluate  # imports Ray and torch: not before the arguments are right
 
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluate", total=len(config.model) * (len(config.files) + bool(config.lm_eval)))
-        return run_evaluate(config, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("rows") as bar:
+        if not bar.drawn:
+            return run_evaluate(config)
+        counts = [count_rows([path], config.limit) for _, _, path in config.files]
+        total = None if None in counts else len(config.model) * sum(filter(None, counts))
+        return run_evaluate(config, lambda what, done: bar.update(f"{what} evaluated", done, total))
 
 
 def show_measures(config: EvaluateConfig, result: dict) -> None:

@@ -9,16 +9,19 @@ if __name__ == "__main__":  # `python jobs/export.py` puts jobs/ first on the pa
 from alphatoken.config import ExportConfig
 from jobs import cli
 
+CONFIG = ExportConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(ExportConfig, _export, cli.folder_first(argv), show=_show, prog="alphatoken export")
+    return cli.run(CONFIG, _export, cli.folder_first(argv), show=_show, prog="alphatoken export")
 
 
 def _export(config: ExportConfig) -> dict:
+    from jobs.progress import progress_bar
     from pipelines.export import run_export
 
-    with cli.shard_bar("exporting shards") as advance:
-        return run_export(config, advance)
+    with progress_bar("shards") as bar:
+        return run_export(config, lambda done, total: bar.update("exporting shards", done, total))
 
 
 def _show(config: ExportConfig, manifest: dict) -> None:

@@ -10,27 +10,27 @@ if __name__ == "__main__":  # `python jobs/generate.py` puts jobs/ first on the 
 from alphatoken.generate_config import GenerateConfig
 from jobs import cli
 
+CONFIG = GenerateConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(GenerateConfig, generate_with_progress, argv, show=_show, prog="alphatoken generate")
+    return cli.run(CONFIG, generate_with_progress, argv, show=_show, prog="alphatoken generate")
 
 
 def generate_with_progress(config: GenerateConfig) -> dict:
-    """Run the pipeline with a progress line on terminals."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+    """Run the pipeline, with a progress bar on terminals."""
+    from alphatoken.row_count import count_rows
+    from jobs.progress import progress_bar, rate
     from pipelines.generate import run_generate  # imports Ray and torch: not before the arguments are right
 
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting the engine", total=None)
-        started = time.monotonic()
+    with progress_bar("prompts") as bar:
+        if not bar.drawn:
+            return run_generate(config)
+        total, started = count_rows(config.prompts, config.limit), time.monotonic()
 
         def advance(counts: dict) -> None:
-            rate = counts["response_tokens"] / (time.monotonic() - started)
-            bar.update(task, description=f"{counts['rows_out']:,} responses, {rate:,.0f} tokens/s")
+            speed = rate(counts["response_tokens"] / (time.monotonic() - started), "tokens")
+            bar.update(f"{counts['rows_out']:,} responses, {speed}", counts["prompts"], total)
 
         return run_generate(config, advance)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": ("jobs.export", "masked data for another training stack: axolotl, llama-factory, verl ..."),
     "report": ("jobs.report", "values and masks as one HTML page, with sliders that mask again"),
     "show": ("jobs.show", "look at values and masks, token by token"),
+    "completion": ("jobs.completion", "the script that makes bash, zsh or fish complete all this"),
     "demo": ("jobs.demo", "score and mask the embedded data with the embedded model"),
 }
 WRONG_USE = 2

@@ -9,16 +9,19 @@ if __name__ == "__main__":  # `python jobs/mask.py` puts jobs/ first on the path
 from alphatoken.config import MaskConfig
 from jobs import cli
 
+CONFIG = MaskConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(MaskConfig, _mask, argv, show=_show, prog="alphatoken mask")
+    return cli.run(CONFIG, _mask, argv, show=_show, prog="alphatoken mask")
 
 
 def _mask(config: MaskConfig) -> dict:
+    from jobs.progress import progress_bar
     from pipelines.mask import run_mask  # imports Ray: not before the arguments are right
 
-    with cli.shard_bar("masking shards") as advance:
-        return run_mask(config, advance)
+    with progress_bar("shards") as bar:
+        return run_mask(config, lambda done, total: bar.update("masking shards", done, total))
 
 
 def _show(config: MaskConfig, manifest: dict) -> None:

@@ -9,15 +9,22 @@ if __name__ == "__main__":  # `python jobs/pair.py` puts jobs/ first on the path
 from alphatoken.generate_config import PairConfig
 from jobs import cli
 
+CONFIG = PairConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PairConfig, _pair, argv, show=_show, prog="alphatoken pair")
+    return cli.run(CONFIG, _pair, argv, show=_show, prog="alphatoken pair")
 
 
 def _pair(config: PairConfig) -> dict:
-    from pipelines.pair import run_pair  # imports Ray: not before the arguments are right
+    from jobs.progress import progress_bar
+    from pipelines.pair import check_pair, run_pair  # imports Ray: not before the arguments are right
 
-    return run_pair(config)
+    with progress_bar("prompts") as bar:
+        if not bar.drawn:
+            return run_pair(config)
+        total = check_pair(config)[0]["counts"]["prompts"]
+        return run_pair(config, lambda counts: bar.update(f"{counts['rows_out']:,} pairs", counts["prompts"], total))
 
 
 def _show(config: PairConfig, manifest: dict) -> None:

@@ -9,18 +9,22 @@ if __name__ == "__main__":  # `python jobs/plan.py` puts jobs/ first on the path
 from alphatoken.plan_config import PlanConfig
 from jobs import cli
 
+CONFIG = PlanConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PlanConfig, _plan, argv, show=_show, prog="alphatoken plan")
+    return cli.run(CONFIG, _plan, argv, show=_show, prog="alphatoken plan")
 
 
 def _plan(config: PlanConfig) -> dict:
     from alphatoken.plan_score import plan_score
     from alphatoken.sources import plan_units
+    from jobs.progress import progress_bar
     from pipelines.score import shard_tokens
 
     units = plan_units(config.data)
-    return plan_score(config, units, shard_tokens(config, units))
+    with progress_bar("rows") as bar:
+        return plan_score(config, units, shard_tokens(config.score_config(), units), bar.update if bar.drawn else None)
 
 
 def _show(config: PlanConfig, plan: dict) -> None:

@@ -28,9 +28,12 @@ class ReportConfig(BaseModel):
     )
 
 
+CONFIG = ReportConfig
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = cli.folder_first(argv)
-    return cli.run(ReportConfig, _report, arguments, show=_show, prog="alphatoken report")
+    return cli.run(CONFIG, _report, arguments, show=_show, prog="alphatoken report")
 
 
 def _report(config: ReportConfig) -> dict:

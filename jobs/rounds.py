@@ -8,17 +8,20 @@ if __name__ == "__main__":  # `python jobs/rounds.py` puts jobs/ first on the pa
 
 from alphatoken.rounds_config import RoundsConfig
 from jobs import cli
-from jobs.train import show_training, training_console
+from jobs.train import show_training, training_bar
+
+CONFIG = RoundsConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(RoundsConfig, _rounds, argv, show=show_training, prog="alphatoken rounds")
+    return cli.run(CONFIG, _rounds, argv, show=show_training, prog="alphatoken rounds")
 
 
 def _rounds(config: RoundsConfig) -> dict:
     from pipelines.rounds import run_rounds  # imports Ray and torch: not before the arguments are right
 
-    return run_rounds(config, training_console())
+    with training_bar(config) as progress:
+        return run_rounds(config, progress)
 
 
 if __name__ == "__main__":

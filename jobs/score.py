@@ -10,40 +10,34 @@ if __name__ == "__main__":  # `python jobs/score.py` puts jobs/ first on the pat
 from alphatoken.config import ScoreConfig
 from jobs import cli
 
+CONFIG = ScoreConfig
+
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(ScoreConfig, score_with_progress, argv, show=show_score, prog="alphatoken score")
+    return cli.run(CONFIG, score_with_progress, argv, show=show_score, prog="alphatoken score")
 
 
-def score_with_progress(config: ScoreConfig, total_rows: int | None = None) -> dict:
-    """Run the pipeline with a progress line on terminals; `total_rows` gives it a remaining time."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+def score_with_progress(config: ScoreConfig) -> dict:
+    """Run the pipeline, with a progress bar on terminals."""
+    from alphatoken.row_count import count_rows
+    from jobs.progress import progress_bar, rate
     from pipelines.score import run_score  # imports Ray and torch: not before the arguments are right
 
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting (model, direction)", total=total_rows)
+    with progress_bar("rows") as bar:
+        if not bar.drawn:
+            return run_score(config)
+        total = count_rows(config.data)
+        bar.update("starting: model, direction", 0, total)
         begun: list[tuple[float, int]] = []
 
         def advance(counts: dict) -> None:
             begun.append((time.monotonic(), counts["tokens"]))
             (start, first), (now, tokens) = begun[0], begun[-1]
-            rate = f", {(tokens - first) / (now - start):,.0f} tokens/s" if now > start else ""
-            refused = f", {counts['rows_quarantined']} in quarantine" if counts["rows_quarantined"] else ""
-            bar.update(
-                task, completed=counts["rows_in"], description=f"scored {counts['rows_out']} rows{refused}{rate}"
-            )
+            speed = rate((tokens - first) / (now - start), "tokens") if now > start else ""
+            refused = f"{counts['rows_quarantined']} in quarantine" if counts["rows_quarantined"] else ""
+            bar.update(", ".join(filter(None, ["scored", refused, speed])), counts["rows_in"], total)
 
-        return run_score(config, advance)
+        return run_score(config, advance, lambda what, done: bar.update(f"direction: {what}", done))
 
 
 def show_score(config: ScoreConfig, manifest: dict) -> None:
@@ -58,6 +52,8 @@ def show_score(config: ScoreConfig, manifest: dict) -> None:
     table.add_row("response tokens", f"{counts['response_tokens']:,} of {counts['tokens']:,}")
     if counts["rows_truncated"]:
         table.add_row("truncated", f"{counts['rows_truncated']:,} rows, at {config.max_length} tokens")
+    if counts.get("rows_special_tokens"):
+        table.add_row("special tokens", f"{counts['rows_special_tokens']:,} rows have some in their text")
     if counts["rows_quarantined"]:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in list(counts["quarantine_reasons"].items())[:3])
         table.add_row("quarantined", f"{counts['rows_quarantined']:,} ({reasons}); see quarantine/")

@@ -1,7 +1,8 @@
 """SFT or DPO on masked data: `alphatoken train --data MASKED --model M --output OUT [--objective dpo] [--in-run]`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":  # `python jobs/train.py` puts jobs/ first on the path; the packages are one folder up
@@ -16,22 +17,34 @@ SHOWN = (
 )  # fmt: skip
 
 
+CONFIG = TrainConfig
+
+
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(TrainConfig, _train, argv, show=show_training, prog="alphatoken train")
+    return cli.run(CONFIG, _train, argv, show=show_training, prog="alphatoken train")
 
 
 def _train(config: TrainConfig) -> dict:
     from pipelines.train import run_train  # imports Ray and torch: not before the arguments are right
 
-    return run_train(config, training_console())
+    with training_bar(config) as progress:
+        return run_train(config, progress)
 
 
-def training_console() -> Callable[[dict], None]:
-    """Shows a line of metrics on stderr."""
-    from rich.console import Console
+@contextmanager
+def training_bar(config: TrainConfig) -> Iterator[Callable[[dict], None]]:
+    """The function that it gives is told every line of metrics: shown on stderr, above the bar where one is drawn."""
+    from jobs.progress import progress_bar
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    return lambda line: console.print(_text(line))
+    with progress_bar("steps") as bar:
+
+        def progress(line: dict) -> None:
+            bar.print(_text(line))
+            epoch = line.get("epoch")
+            total = config.max_steps or (round(line["step"] * config.epochs / epoch) if epoch else None)
+            bar.update("training", line["step"], total)
+
+        yield progress
 
 
 def _text(line: dict) -> str:

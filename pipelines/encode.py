@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray.data
 
 from alphatoken import schema
+from alphatoken.adapters import base_of
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.errors import BadRowError
@@ -54,7 +55,7 @@ class EncodePlan:
 
 def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
     """The encoder of a model's tokenizer; its configuration alone is read, not its weights."""
-    config = load_config(model, trust_remote_code)
+    config = load_config(base_of(model), trust_remote_code)
     return Encoder(load_tokenizer(model, trust_remote_code), options, config.get_text_config().vocab_size)
 
 
@@ -147,7 +148,7 @@ def encode_row(row: SourceRow, columns: RowColumns, keep_columns: Iterable[str] 
 def row_name(row: SourceRow, column: str = "id") -> str:
     """The row's own id, else its place."""
     own = None if row.data is None else row.data.get(column)
-    return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else _as_text(own)
+    return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else str(_as_text(own))
 
 
 def good_rows(units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[str]) -> Iterator[tuple[int, Any]]:

@@ -30,7 +30,7 @@ def encode_folder(units: list[ReadUnit], plan: EncodePlan, output: str) -> dict:
     fingerprints = {"data": data_fingerprint(units)}
     if folder.open({"stage": "encode", "config": settings, "fingerprints": fingerprints}) == "finished":
         return folder.manifest()
-    plan = replace(plan, finished=tuple(map(tuple, folder.finished_row_ids())))
+    plan = replace(plan, finished=tuple((first, last) for first, last in folder.finished_row_ids()))
     with user_errors():
         written = encoded_dataset(units, plan, BLOCK_BYTES).map_batches(
             write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"output": output}, num_cpus=0.5

@@ -23,6 +23,7 @@ from alphatoken.model import default_device, load_model, resolve_dtype
 from alphatoken.readers import first_line
 from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
+from pipelines.blocks import map_blocks
 from pipelines.cluster import actor_pool, prepare_worker, torch_threads
 
 ERROR = "__inference_error__"  # ray.data.llm's own: rows that have one pass its stages untouched
@@ -215,11 +216,10 @@ def _reason(error: str | None) -> str:
 
 def _by_transformers(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.Dataset:
     low, high = plan.options.replica_range
-    return requests.map_batches(
+    return map_blocks(
+        requests,
         TransformersSampler,
         fn_constructor_kwargs={"plan": plan, "threads": torch_threads(high, plan.options.cpus_per_replica)},
-        batch_size=None,
-        batch_format="pyarrow",
         compute=actor_pool(low, high),
         num_cpus=plan.options.cpus_per_replica,
         num_gpus=plan.options.gpus_per_replica,

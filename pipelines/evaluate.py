@@ -6,8 +6,9 @@ The driver compares: with two models, row by row (alphatoken/evaluation.py).
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,13 +26,12 @@ from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row,
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import MAX_REASONS, report_refused
+from pipelines.progress import Phase, Tally, following, tick_of
 from pipelines.suites import as_number, check_installed, run_suites, suite_measures
 
 logger = logging.getLogger(__name__)
 
 CPU_TASKS_PER_NODE = 2  # every task holds a model: more would not be faster on the same cores
-
-Progress = Callable[[int, int], None]  # called with (tasks done, tasks in all)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FileResult:
     fingerprint: str  # of the model
 
 
-def run_evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict:
+def run_evaluate(config: EvaluateConfig, progress: Phase | None = None) -> dict:
     """Evaluate, write `config.output` if that is set, and return the same as JSON values.
 
     `measures` has one entry per file and measure, `values` in the order of the models. Raises UserError for anything
@@ -129,14 +129,15 @@ def make_reader(config: EvaluateConfig, model: str) -> RowReader:
 
 
 def _run_all(
-    config: EvaluateConfig, plans: dict[tuple[str, str], list[ReadUnit]], progress: Progress | None
+    config: EvaluateConfig, plans: dict[tuple[str, str], list[ReadUnit]], progress: Phase | None
 ) -> tuple[dict[tuple[str, str, str], FileResult], dict[str, dict]]:
     """({(model, kind, name): result}, {model: lm-eval's results}), in the order of the configuration."""
     resources, threads = task_resources()
+    counter = Tally.remote() if progress else None
     jobs: dict[Any, Any] = {}
     for (kind, name), units in plans.items():
         for model in config.model:
-            reference = evaluate_file.options(**resources).remote(config, model, kind, name, units, threads)
+            reference = evaluate_file.options(**resources).remote(config, model, kind, name, units, threads, counter)
             jobs[reference] = (model, kind, name)
     if config.lm_eval:
         for model in config.model:
@@ -144,11 +145,10 @@ def _run_all(
     waiting = list(jobs)
     found: dict[Any, Any] = {}
     try:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            found |= {jobs[reference]: ray.get(reference) for reference in ready}
-            if progress:
-                progress(len(found), len(jobs))
+        with following(counter, progress):
+            while waiting:
+                ready, waiting = ray.wait(waiting)
+                found |= {jobs[reference]: ray.get(reference) for reference in ready}
     except BaseException:
         for reference in waiting:  # a cluster goes on without its driver's interest
             ray.cancel(reference)
@@ -169,26 +169,26 @@ def task_resources() -> tuple[dict, int]:
 
 @ray.remote
 def evaluate_file(
-    config: EvaluateConfig, model: str, kind: str, name: str, units: list[ReadUnit], threads: int
+    config: EvaluateConfig, model: str, kind: str, name: str, units: list[ReadUnit], threads: int, counter: Any = None
 ) -> FileResult:
     """One model on one file."""
     prepare_worker(threads)
     scoring = load_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
     reader = make_reader(config, model)
-    used = _Used()
+    used, tick = _Used(), partial(tick_of(counter), "rows")
     items = usable_items(reader, kind, units, config.limit, used)
     measures: dict[str, RowSums]
     counts: dict[str, Any] = {}
     if kind == "loss":
-        measures = {"loss": token_loss(scoring, items, config.batch_tokens)}
+        measures = {"loss": token_loss(scoring, items, config.batch_tokens, tick)}
         counts["tokens"] = measures["loss"].count
     elif kind == "choices":
-        plain, normalized = choice_accuracy(scoring, items, config.batch_tokens)
+        plain, normalized = choice_accuracy(scoring, items, config.batch_tokens, tick)
         measures = {"accuracy": plain, "accuracy_normalized": normalized}
     else:
         solved, counts["answers_cut"] = answer_accuracy(
             scoring, reader.tokenizer, items, reader.extract,
-            max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens,
+            max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, tick=tick,
         )  # fmt: skip
         measures = {"accuracy": solved}
     if not used.rows:

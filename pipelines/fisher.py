@@ -3,8 +3,10 @@
     prompts ──> engine replicas, as in generate (pipelines/engines.py) ──> samples ──> gradients squared ──> file
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alphatoken import tensor_file
 from alphatoken.architecture import scored_linears
-from alphatoken.batching import plan_batches
+from alphatoken.batching import Batch, plan_batches
 from alphatoken.config import DataOptions
 from alphatoken.errors import UserError
 from alphatoken.fisher import diagonal_fisher, sampled_batch
@@ -27,26 +29,46 @@ from pipelines.cluster import connect, prepare_worker, torch_threads, user_error
 from pipelines.direction import one_accelerator, report_refused
 from pipelines.encode import good_rows, make_encoder
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
+from pipelines.progress import Phase, Tally, counted, following, get_all, tick_of
 
 ANY_LENGTH = 10**9  # prompts are cut, not refused
 PROMPTS_PER_BLOCK = 64  # replicas take blocks
 
 
-def run_fisher(config: FisherConfig) -> dict:
+def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
     """Sample, accumulate and save; returns the provenance as a dictionary. UserError before an engine starts."""
     plan = check_fisher(config)
     connect(LOGICAL_CPUS)
     with user_errors():
         requests, refused = ray.get(read_prompts.remote(config, plan.context - config.max_new_tokens))
         parts = [requests.slice(start, PROMPTS_PER_BLOCK) for start in range(0, len(requests), PROMPTS_PER_BLOCK)]
-        answers = answered(ray.data.from_arrow(parts or [requests]), plan).to_arrow_refs()
+        answers, counter = _sample(parts or [requests], plan, progress)
         make = make_fisher.options(**one_accelerator())
-        return ray.get(make.remote(config, answers, refused, torch_threads()))
+        return get_all([make.remote(config, answers, refused, torch_threads(), counter)], counter, progress)[0]
+
+
+def _sample(parts: list[pa.Table], plan: EnginePlan, progress: Phase | None) -> tuple[list[ray.ObjectRef], Any]:
+    """(blocks of ANSWERS, the counter of what is done)."""
+    blocks = answered(ray.data.from_arrow(parts), plan)
+    if not progress:
+        return blocks.to_arrow_refs(), None
+    counter = Tally.remote()
+    blocks = blocks.map_batches(
+        count_samples, batch_size=None, batch_format="pyarrow", fn_kwargs={"counter": counter}, num_cpus=0
+    )
+    with following(counter, progress):
+        return blocks.to_arrow_refs(), counter
+
+
+def count_samples(block: pa.Table, counter: Any) -> pa.Table:
+    """The same block, counted."""
+    tick_of(counter)("samples", block.num_rows)
+    return block
 
 
 def check_fisher(config: FisherConfig) -> EnginePlan:
     """Everything that is known without the weights. Raises UserError."""
-    if config.parameters == "all":
+    if config.parameters in ("all", "lora"):
         raise UserError(
             "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
         )
@@ -87,7 +109,9 @@ def read_prompts(config: FisherConfig, longest: int) -> tuple[pa.Table, list[str
 
 
 @ray.remote
-def make_fisher(config: FisherConfig, answers: list[ray.ObjectRef], refused: list[str], threads: int) -> dict:
+def make_fisher(
+    config: FisherConfig, answers: list[ray.ObjectRef], refused: list[str], threads: int, counter: Any = None
+) -> dict:
     """From samples to the file, on the machine that holds the model."""
     prepare_worker(threads)
     scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
@@ -95,7 +119,8 @@ def make_fisher(config: FisherConfig, answers: list[ray.ObjectRef], refused: lis
     refused = refused + [f"sampling row {row['row_id']}: {row['reason']}" for row in rows if row["reason"]]
     samples = [(row["prompt_ids"], row["token_ids"]) for row in rows if not row["reason"]]
     groups = plan_batches([len(prompt) + len(answer) for prompt, answer in samples], config.batch_tokens)
-    batches = (sampled_batch([samples[i] for i in group]).to(scoring.device) for group in groups)
+    batches: Iterable[Batch] = (sampled_batch([samples[i] for i in group]).to(scoring.device) for group in groups)
+    batches = counted(batches, tick_of(counter), "gradients", lambda batch: batch.input_ids.shape[0])
     found = diagonal_fisher(scoring, batches, config.parameters)
     report_refused("prompt", found.num_rows, refused)
     names = ("num_prompts", "max_prompt_tokens", "max_new_tokens", "seed", "columns")

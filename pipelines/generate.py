@@ -35,6 +35,7 @@ from alphatoken.readers import ROWS_PER_FILE
 from alphatoken.run_folder import RunFolder, row_id_runs
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
+from pipelines import metrics
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import row_name, unfinished
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
@@ -86,11 +87,7 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     with user_errors():
         model = ray.get(model_fingerprint.remote(config.model, config.trust_remote_code))
         fingerprints = {"model": model, "data": data_fingerprint(units)}
-        settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {
-            "engine": engine, "chat_template": plan.chat_template, "context": plan.context,
-        }  # fmt: skip
-        identity = {"stage": "generate", "config": settings, "fingerprints": fingerprints}
-        if folder.open(identity, config.overwrite) == "finished":
+        if folder.open(generate_identity(plan, engine, fingerprints), config.overwrite) == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
         _generate_units(units, plan, folder, model, progress)
@@ -101,6 +98,14 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     )  # fmt: skip
     folder.finish(manifest, manifests.data_card("generate", manifest, schema.RESPONSES))
     return manifest
+
+
+def generate_identity(plan: PromptPlan, engine: str, fingerprints: dict) -> dict:
+    """What the output folder keeps of the run, to know it again."""
+    settings = plan.config.model_dump(mode="json", exclude=NOT_IDENTITY) | {
+        "engine": engine, "chat_template": plan.chat_template, "context": plan.context,
+    }  # fmt: skip
+    return {"stage": "generate", "config": settings, "fingerprints": fingerprints}
 
 
 def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
@@ -256,4 +261,5 @@ def write_responses(block: pa.Table, output: str, samples: int, model: str) -> d
     }
     data = pa.Table.from_pylist(responses, schema=schema.RESPONSES)
     RunFolder(output).write_shard(data, pa.Table.from_pylist(refused, schema=schema.QUARANTINE), record)
+    metrics.count_shard("generate", record)
     return {name: [value] for name, value in counts.items()}

@@ -44,7 +44,7 @@ class _InRunTrainer(Refreshing):
 
     # The masks
 
-    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Any:
         """The normaliser of the step where masks are known before the forward pass; else None."""
         self._begin_step()
         if self.args.gradient_accumulation_steps == 1:
@@ -80,6 +80,7 @@ class _InRunTrainer(Refreshing):
         elif self.plan.rule == "share":
             masks = keep_share(judged, self.plan.keep_fraction, self._everyones)
         else:
+            assert self._known is not None and self.plan.class_of is not None
             masks = keep_unsuspected(judged, self._known, self.plan.class_of, self._everyones_losses)
         kept, total = (
             sum(float(part) for part in parts) for parts in ([m.sum() for m in masks], [m.numel() for m in masks])
@@ -192,7 +193,8 @@ class InRunDPOTrainer(_InRunTrainer, MaskedDPOTrainer):
         logprobs = _by_position(-found.losses, batch).chunk(2)
         kept = _by_position(keep, batch).chunk(2)
         reference = self._reference(batch, inputs).chunk(2)
-        loss = losses.dpo_loss(*logprobs, *kept, *reference, self.beta, self.dpo_mask)
+        sides: list[Any] = [*logprobs, *kept, *reference]
+        loss = losses.dpo_loss(*sides, self.beta, self.dpo_mask)  # type: ignore[call-arg]
         # A filler pair has no response: its loss is -log sigmoid(0), without gradient.
         total = loss.total - (~real).sum() * torch.log(torch.tensor(2.0, dtype=loss.total.dtype))
         self._add_rewards([a.detach().sum(1) - b.sum(1) for a, b in zip(logprobs, reference, strict=True)], real)

@@ -5,6 +5,7 @@ N response tokens of a micro-batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -35,7 +36,7 @@ def keep_share(
     for part in judged:
         rows.append(part.batch.predicting[0] + first)
         first += len(part.batch.input_ids)
-    values = torch.cat([part.values for part in judged])
+    values = torch.cat([cast(torch.Tensor, part.values) for part in judged])
     branches = torch.cat([part.branches for part in judged])
     keep = keep_by_quantile(values, torch.cat(rows), branches, keep_fraction, everyones)
     return list(keep.split([part.batch.num_response_tokens for part in judged]))

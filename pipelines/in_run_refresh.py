@@ -1,7 +1,7 @@
 """What in-run values and masks are measured against, kept fresh: direction, drift, losses of validation rows."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -33,7 +33,13 @@ class InRunPlan:
     class_of: torch.Tensor | None = None  # V: class of each token id; for bounds
 
 
-class Refreshing:
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the trainer stands behind it in the order of classes
+
+
+class Refreshing(_Trainer):
     """A trainer's part that makes them anew every `plan.refresh_every` steps. Needs `model` and `plan`."""
 
     in_run: InRun
@@ -70,6 +76,7 @@ class Refreshing:
                 return  # the optimizer has not taken a step yet
             self._refresh_direction(scale)
         if self.plan.rule in BY_LOSS:
+            assert self.plan.class_of is not None
             with self.accelerator.autocast():
                 found = self.in_run.validation_losses(self.plan.validation, self.plan.class_of)
             self._known = TokenLosses.joined(gather_object([found]))
@@ -103,6 +110,7 @@ class Refreshing:
         """G + lambda D, both preconditioned alike."""
         if self.plan.fisher is None:
             return direction
+        assert self.plan.reference_weights is not None
         drift = directions.drift(self.in_run.scoring, self.plan.reference_weights, self.plan.fisher)
         weight = self.plan.stability_weight
         return {

@@ -5,6 +5,7 @@ engine, so it is a pair of functions around it: questions of a shard, and scores
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -119,6 +120,7 @@ class RewardModel:
         prepare_worker(threads)
         self.batch_tokens = config.batch_tokens
         self.device = default_device() if config.gpus_per_replica else torch.device("cpu")
+        assert config.judge_model is not None
         self.tokenizer = load_tokenizer(config.judge_model, config.trust_remote_code)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -145,8 +147,8 @@ class RewardModel:
             for i, score in zip(batch, self._scores([rows[i][2] for i in batch]), strict=True):
                 group, index, _ = rows[i]
                 group.scores[index] = score
-                if score != score:
-                    group.reason = "the reward of a response is not a number"
+                if not math.isfinite(score):
+                    group.reason = "the reward of a response is not finite (NaN or infinity)"
 
     @torch.no_grad()
     def _scores(self, ids: list[list[int]]) -> list[float]:
@@ -163,6 +165,7 @@ class RewardModel:
 
 def check_reward_model(config: PairConfig) -> None:
     """Raises UserError unless it has one label."""
+    assert config.judge_model is not None
     labels = load_config(config.judge_model, config.trust_remote_code).num_labels
     if labels != 1:
         raise UserError(

@@ -8,7 +8,7 @@ the same windows with the same weights.
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow as pa
@@ -75,7 +75,13 @@ def _unmasked(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"{branch}_mask": [True] * len(row[f"{branch}_ids"]) for branch in BRANCHES}
 
 
-class _LiveTrainer:
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the trainer stands behind it in the order of classes
+
+
+class _LiveTrainer(_Trainer):
     """What both objectives share; goes before the masked trainer."""
 
     def __init__(self, *args: Any, live: Live, config: RoundsConfig, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_encode import check_pair_source
 from alphatoken.prompts import check_prompt_source
+from alphatoken.rounds_config import RoundsConfig
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
@@ -74,6 +75,7 @@ def encode_data(config: TrainConfig, output: str) -> dict:
     options = data_options(config)
     plan = EncodePlan(config.model, config.trust_remote_code, options, kind=config.data_kind)
     if config.data_kind == "prompts":
+        assert isinstance(config, RoundsConfig)
         plan = replace(plan, longest_prompt=options.max_length - config.max_new_tokens)
     return encode_folder(plan_units(config.data), plan, output)
 

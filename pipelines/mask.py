@@ -7,12 +7,14 @@ not grow with the data.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -23,6 +25,8 @@ from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import Thresholds, mask_pair_table, pair_value_columns, pair_value_digits
 from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
+from alphatoken.targets import weights_of
+from pipelines import metrics
 from pipelines.cluster import connect, user_errors
 
 STALE_WARNING = (
@@ -55,6 +59,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     if pairs and config.weights:
         raise UserError("--weights is for rows of SFT: DPO training knows no soft weights")
     plan, class_names = _plan(config, source)
+    targets = weights_of(scored.get("targets", []), config.target_weights, config.input)
+    plan = replace(plan, target_weights=targets)
     fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
     logger.warning(STALE_WARNING)
 
@@ -84,6 +90,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
             "threshold": _finite(thresholds, pairs),
             "pairs": pairs,
             "kept_by_class": by_class,
+            "workers": metrics.time_per_worker(folder.commits()),
             "scored": {name: scored[name] for name in ("created", "counts", "config", "fingerprints")},
         },
     )
@@ -94,7 +101,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
 
 def _identity(config: MaskConfig, source: str, fingerprints: dict) -> dict:
     """What makes two runs the same: all that decides on the output, not where it lies."""
-    settings = config.model_dump(mode="json", exclude={"output", "overwrite", "preset"})
+    excluded = {"output", "overwrite", "preset"} | (set() if config.target_weights else {"target_weights"})
+    settings = config.model_dump(mode="json", exclude=excluded)
     return {"stage": "mask", "config": settings | {"input": source}, "fingerprints": fingerprints}
 
 
@@ -137,15 +145,21 @@ def _finite(thresholds: Thresholds, pairs: bool) -> Any:
 
 
 def _droppable_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return masking.droppable_digits(storage.read_table(shard, masking.ROW_COLUMNS), plan)
+    return masking.droppable_digits(_read(shard, plan, masking.ROW_COLUMNS), plan)
 
 
 def _value_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return masking.value_digits(storage.read_table(shard, masking.value_columns(plan)), plan, shard)
+    return masking.value_digits(_read(shard, plan, masking.value_columns(plan)), plan, shard)
 
 
 def _pair_digits(branch: str, shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return pair_value_digits(storage.read_table(shard, pair_value_columns()), plan, branch, shard)
+    return pair_value_digits(_read(shard, plan, pair_value_columns()), plan, branch, shard)
+
+
+def _read(shard: str, plan: MaskPlan, columns: list[str] | None = None) -> pa.Table:
+    """A shard, or some columns of it, with targets combined as the plan says."""
+    wanted = None if columns is None else masking.with_targets(columns, plan.target_weights)
+    return masking.combined(storage.read_table(shard, wanted), plan.target_weights)
 
 
 def _count_all(shards: list[str], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]) -> np.ndarray:
@@ -190,7 +204,7 @@ def _mask_shards(
 def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, output: str) -> dict[str, Any]:
     """Read, mask and write one shard; only its name goes back to the driver."""
     started = time.monotonic()
-    table = storage.read_table(row["shard"])
+    table = _read(row["shard"], plan)
     if "chosen_ids" in table.column_names:
         result = mask_pair_table(table, plan, thresholds, row["shard"])
     else:
@@ -201,10 +215,12 @@ def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, out
         "shard": name,
         "row_ids": row_id_runs(table["row_id"].to_numpy()),
         "counts": result.counts,
+        "worker": metrics.worker_id(),
         "seconds": round(time.monotonic() - started, 3),
         "by_class": None if result.by_class is None else result.by_class.tolist(),
     }
     RunFolder(output).write_shard(result.data, result.quarantine, record)
+    metrics.count_shard("mask", record | {"reasons": Counter(result.quarantine["reason"].to_pylist())})
     return {"shard": name}
 
 

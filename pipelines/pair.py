@@ -25,7 +25,7 @@ from alphatoken.pairing import Candidate, Pair, best_against_worst, distinct
 from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
-from pipelines import judges
+from pipelines import judges, metrics
 from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, answered, choose_engine, make_plan, sample_seed
 from pipelines.judges import Group
@@ -49,29 +49,34 @@ def run_pair(config: PairConfig, progress: Progress | None = None) -> dict:
     Raises UserError for anything that can be known to be wrong before a judge starts, and where no pair is left.
     """
     started = time.monotonic()
-    source, target = storage.absolute(config.input), storage.absolute(config.output)
-    if storage.same_place(source, target):
-        raise UserError(f"--output {config.output} is the input folder; give another one")
-    generated = manifest_of(source, "generate", "--input")
-    shards = storage.list_shards(source)
-    _check_judge(config)
-    fingerprints = {**generated["fingerprints"], "generated_manifest": manifests.fingerprint(generated)}
-    folder = RunFolder(target)
-    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"input": source}
-    identity = {"stage": "pair", "config": settings, "fingerprints": fingerprints}
+    generated, identity = check_pair(config)
+    folder = RunFolder(storage.absolute(config.output))
     if folder.open(identity, config.overwrite) == "finished":
-        logger.info("%s is already finished", target)
+        logger.info("%s is already finished", folder.uri)
         return folder.manifest()
     connect(LOGICAL_CPUS)
     with user_errors():
-        _pair_shards(shards, config, generated, folder, progress)
+        _pair_shards(storage.list_shards(storage.absolute(config.input)), config, generated, folder, progress)
     counts = total_counts(folder, "no pair could be made")
     manifest = manifests.build_manifest(
-        "pair", config.model_dump(mode="json"), counts, fingerprints, time.monotonic() - started,
+        "pair", config.model_dump(mode="json"), counts, identity["fingerprints"], time.monotonic() - started,
         extra={"generated": {name: generated[name] for name in ("created", "config", "counts", "fingerprints")}},
     )  # fmt: skip
     folder.finish(manifest, manifests.data_card("pair", manifest, schema.PAIRS))
     return manifest
+
+
+def check_pair(config: PairConfig) -> tuple[dict, dict]:
+    """(manifest of the input, what the output folder keeps of the run). UserError for what can be known to be wrong."""
+    source = storage.absolute(config.input)
+    if storage.same_place(source, storage.absolute(config.output)):
+        raise UserError(f"--output {config.output} is the input folder; give another one")
+    generated = manifest_of(source, "generate", "--input")
+    storage.list_shards(source)
+    _check_judge(config)
+    fingerprints = {**generated["fingerprints"], "generated_manifest": manifests.fingerprint(generated)}
+    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"input": source}
+    return generated, {"stage": "pair", "config": settings, "fingerprints": fingerprints}
 
 
 def _check_judge(config: PairConfig) -> None:
@@ -80,6 +85,7 @@ def _check_judge(config: PairConfig) -> None:
     elif config.judge == "reward-model":
         judges.check_reward_model(config)
     elif config.judge == "vllm-judge":
+        assert config.judge_model is not None
         judges.read_template(config.judge_template)
         choose_engine(config)
         ChatRenderer(load_tokenizer(config.judge_model, config.trust_remote_code))
@@ -104,6 +110,8 @@ def _pair_shards(
             **_resources(config),
         )  # fmt: skip
     total: Counter = Counter()
+    for record in folder.commits():
+        total.update(record["counts"])
     for row in written.iter_rows():
         total.update(row)
         if progress:
@@ -184,6 +192,7 @@ def write_pairs(shard: str, groups: list[Group], config: PairConfig, samples: in
     }
     data = pa.Table.from_pylist(records, schema=schema.PAIRS)
     RunFolder(output).write_shard(data, pa.Table.from_pylist(refused, schema=schema.QUARANTINE), record)
+    metrics.count_shard("pair", record)
     return {key: [value] for key, value in counts.items()}
 
 
@@ -208,6 +217,7 @@ def _record(group: Group, pair: Pair, row_id: int) -> dict[str, Any]:
 
 def _by_llm(shards: ray.data.Dataset, shared: dict[str, Any]) -> ray.data.Dataset:
     config: PairConfig = shared["config"]
+    assert config.judge_model is not None
     context = getattr(
         load_config(config.judge_model, config.trust_remote_code).get_text_config(), "max_position_embeddings", 4096
     )
@@ -223,6 +233,7 @@ def _by_llm(shards: ray.data.Dataset, shared: dict[str, Any]) -> ray.data.Datase
 def ask_questions(batch: dict, config: PairConfig, samples: int, longest: int) -> pa.Table:
     """REQUESTS to the judge, all of a shard in one block."""
     [shard] = map(str, batch["shard"])
+    assert config.judge_model is not None
     template = judges.read_template(config.judge_template)
     tokenizer = load_tokenizer(config.judge_model, config.trust_remote_code)
     chat = ChatRenderer(tokenizer)

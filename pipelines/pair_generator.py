@@ -37,7 +37,8 @@ class PairGenerator:
     def __call__(self, prompts: pa.Table, step: int) -> pa.Table:
         """Pairs of the prompts that give one, with their `row_index`; samples differ from step to step."""
         rows = prompts.to_pylist()
-        found, reasons = [], Counter()
+        reasons: Counter[str] = Counter()
+        found = []
         for row, samples in zip(rows, self._samples(rows, step), strict=True):
             try:
                 pair = self._pair(row, samples)

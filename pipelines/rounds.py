@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -56,7 +56,7 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
         logger.warning(NO_RULE)
     schedule = make_schedule(training)
     done = finished_windows(training.output, schedule)
-    board = Board.remote(done)
+    board = Board.remote(done)  # type: ignore[attr-defined]
     with user_errors(), valuing_windows(training, schedule, board, done) as stages:
         result = fit(training, progress, Live(board, schedule))
     windows = finished_windows(training.output, schedule)
@@ -65,7 +65,7 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
 
 def make_schedule(training: Training) -> Schedule:
     """Which rows are trained on at which step, and valued in which window."""
-    config = training.config
+    config = cast(RoundsConfig, training.config)
     return Schedule(
         num_rows=training.plan.num_rows,
         rows_per_forward=config.per_device_batch_size * config.num_workers,
@@ -139,7 +139,7 @@ def _value_window(
         known: list[ray.ObjectRef] = []
         if not schedule.is_plain(window):
             with _timed(seconds, "direction"):
-                direction, drift, known = _measures(training.config, actors, snapshot)
+                direction, drift, known = _measures(cast(RoundsConfig, training.config), actors, snapshot)
             with _timed(seconds, "score"):
                 pairs = zip(busy, tables, strict=True)
                 tables = _wait([actor.score.remote(snapshot, direction, drift, table) for (actor, _), table in pairs])
@@ -191,13 +191,13 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _start_actors(training: Training) -> list:
-    config = training.config
+    config = cast(RoundsConfig, training.config)
     sharing = config.num_actors + (config.num_workers if config.overlap else 0)
     options = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
     threads = torch_threads(sharing, config.cpus_per_actor)
     count = config.num_actors
     actors = [
-        WindowScorer.options(**options).remote(config, training.plan.shards, part, count, threads)
+        cast(Any, WindowScorer).options(**options).remote(config, training.plan.shards, part, count, threads)
         for part in range(count)
     ]
     ray.get([actor.ready.remote() for actor in actors])  # what is wrong with them is known before training starts

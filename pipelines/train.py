@@ -89,7 +89,7 @@ def begin(config: TrainConfig, num_cpus: int | None = None) -> Training | None:
         return None
     evaluation = write_evaluation(config, plan, storage.join(folder.uri, "evaluation.parquet"))
     connect(num_cpus)
-    check_resources(config)
+    check_resources(config, ray.cluster_resources())
     if config.trains_on_files:
         plan = with_encoded_rows(config, plan, storage.join(folder.uri, "encoded"))
     return Training(config, plan, folder.uri, evaluation, started)
@@ -123,12 +123,21 @@ def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
             storage.remove_file(storage.join(folder.uri, name))
         for name in OWN_FOLDERS:
             storage.remove_tree(storage.join(folder.uri, name))
+    state = folder.open(train_identity(config, plan), config.overwrite)
+    check_resume(config, folder, state)
+    return None if state == "finished" else folder
+
+
+def train_identity(config: TrainConfig, plan: TrainPlan) -> dict:
+    """What the output folder keeps of the run, to know it again."""
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"data": plan.data}
-    identity = {"stage": config.stage, "config": settings, "fingerprints": plan.fingerprints}
-    state = folder.open(identity, config.overwrite)
+    return {"stage": config.stage, "config": settings, "fingerprints": plan.fingerprints}
+
+
+def check_resume(config: TrainConfig, folder: RunFolder, state: str) -> None:
+    """UserError where the run was cut off and is not to go on."""
     if state == "resume" and not config.resume:
         raise UserError(f"{folder.uri} holds this run, cut off; --resume goes on with it, --overwrite starts again")
-    return None if state == "finished" else folder
 
 
 def fit(training: Training, progress: Progress | None = None, live: Live | None = None) -> ray.train.Result:
@@ -171,16 +180,18 @@ def fit(training: Training, progress: Progress | None = None, live: Live | None 
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Without the actor that frees resources after a killed driver where Ray is private and dies with it.
+    """Without some of Ray Train's callbacks.
 
-    The actor polls Ray's dashboard, which a private Ray does not have, and warns every second.
+    One has workers leave the folder that relative paths, such as `--model base`, are meant from. Another is an actor
+    that frees resources after a killed driver: a private Ray dies with its driver, and has no dashboard, which the
+    actor polls, with a warning every second.
     """
 
     def _create_default_callbacks(self) -> list:
-        found = super()._create_default_callbacks()
-        if os.environ.get("RAY_ADDRESS"):
-            return found
-        return [callback for callback in found if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        left_out = {"WorkingDirectorySetupCallback"}
+        if not os.environ.get("RAY_ADDRESS"):
+            left_out.add("PlacementGroupCleanerCallback")
+        return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in left_out]
 
 
 def _run_config(config: TrainConfig, checkpoints: str) -> ray.train.RunConfig:

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
-import ray
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
@@ -41,8 +40,11 @@ class TrainPlan:
     fingerprints: dict
 
 
-def check_train(config: TrainConfig) -> TrainPlan:
-    """Raises UserError with the first thing that is wrong."""
+def check_train(config: TrainConfig, load_models: bool = True) -> TrainPlan:
+    """Raises UserError with the first thing that is wrong.
+
+    load_models: whether --reference-model is compared with the one behind the data's log-probabilities.
+    """
     missing = [name for name in ("trl", "peft", "accelerate") if not find_spec(name)]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}: pip install 'alphatoken[train]'")
@@ -50,7 +52,7 @@ def check_train(config: TrainConfig) -> TrainPlan:
         if storage.same_place(storage.absolute(source), storage.absolute(config.output)):
             raise UserError(f"--output {config.output} is the data folder; give another one")
     live = check_live(config) if config.validation else {}
-    plan = _plan_files(config) if config.trains_on_files else _plan_folder(config)
+    plan = _plan_files(config) if config.trains_on_files else _plan_folder(config, load_models)
     return replace(plan, fingerprints=plan.fingerprints | live)
 
 
@@ -72,7 +74,7 @@ def with_encoded_rows(config: TrainConfig, plan: TrainPlan, output: str) -> Trai
     return replace(plan, shards=shards, columns=storage.read_schema(shards[0]).names, num_rows=num_rows)
 
 
-def _plan_folder(config: TrainConfig) -> TrainPlan:
+def _plan_folder(config: TrainConfig, load_models: bool) -> TrainPlan:
     data = storage.absolute(config.folder)
     masked = manifest_of(data, "mask", "--data")
     shards = storage.list_shards(data)
@@ -86,7 +88,8 @@ def _plan_folder(config: TrainConfig) -> TrainPlan:
         "scored_model": found.get("model"),
         "evaluation": None,
     }
-    stored = config.objective == "dpo" and _check_reference(config, shards[0], found.get("reference_model"))
+    theirs = found.get("reference_model")
+    stored = config.objective == "dpo" and _check_reference(config, shards[0], theirs, load_models)
     evaluation_shards = None
     if config.evaluation:
         evaluation_shards, fingerprints["evaluation"] = _check_evaluation(config, stored)
@@ -162,7 +165,7 @@ def _config_or_none(name: str | None, trust_remote_code: bool):
         return None
 
 
-def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | None) -> bool:
+def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | None, load_models: bool) -> bool:
     """Whether the data's reference log-probabilities are used. UserError where there is no reference at all."""
     found = storage.read_schema(shard)
     stored = set(REFERENCE_COLUMNS) <= set(found.names)
@@ -177,7 +180,7 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
                 "give --reference-model"
             )
         return False
-    if stored and config.reference_model:
+    if stored and config.reference_model and load_models:
         return _same_reference(config.reference_model, config, stored_fingerprint)
     if not stored and not (config.reference_model or config.lora_rank):
         raise UserError(
@@ -240,11 +243,10 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     return [uri]
 
 
-def check_resources(config: TrainConfig) -> None:
+def check_resources(config: TrainConfig, there: dict[str, float]) -> None:
     """On a machine of its own, workers that do not fit would wait for ever; a cluster may grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    there = ray.cluster_resources()
     for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
         wanted = each * config.num_workers
         available = there.get(kind, 0)

@@ -126,7 +126,7 @@ def build_trainer(config: TrainConfig, settings: dict, folder: str) -> Any:
     else:
         more = {"plan": in_run_plan(config, shared["args"])} if config.in_run else {}
     if config.objective == "sft":
-        collator = SFTCollator(pad, config.max_length, config.weights, use_masks=not config.in_run)
+        collator: Any = SFTCollator(pad, config.max_length, config.weights, use_masks=not config.in_run)
         kind = LiveSFTTrainer if live else InRunSFTTrainer if config.in_run else MaskedSFTTrainer
         trainer = kind(**shared, **more, data_collator=collator, normalize=config.normalize)
     else:

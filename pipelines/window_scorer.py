@@ -55,7 +55,10 @@ class WindowScorer:
         self.validation = validation_batches(config, self.device, part, parts)
         if config.rule in BY_LOSS:
             self.class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code))
-        self.fisher, self.reference = load_fisher(config, self.device) or (None, None)
+        self.fisher: directions.Tensors | None = None
+        self.reference: directions.Tensors | None = None
+        if found := load_fisher(config, self.device):
+            self.fisher, self.reference = found
         self.rows = load_rows(shards, COLUMNS[config.data_kind]).with_format("arrow")
         self.policy_reference: ScoringModel | None = None  # dpo: what the policy is tied to
         if config.objective == "dpo":
@@ -110,6 +113,7 @@ class WindowScorer:
         """F * (W - W_ref) at the snapshot; None without a Fisher."""
         if self.fisher is None:
             return None
+        assert self.reference is not None
         self._load(snapshot)
         return {name: t.cpu() for name, t in directions.drift(self.scoring, self.reference, self.fisher).items()}
 

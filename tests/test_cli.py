@@ -1,4 +1,7 @@
+import argparse
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pydantic import BaseModel
 from alphatoken.config import MaskConfig, ScoreConfig
 from alphatoken.errors import UserError
 from jobs import cli, main
+from jobs.score import show_score
 
 ROOT = Path(__file__).parents[1]
 GIVEN = ["--input", "scored", "--output", "masked"]
@@ -107,6 +111,8 @@ def test_results_and_exit_codes(capsys):
 
     assert cli.run(Config, lambda config: {"a": 1}, ["--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+    assert cli.run(Config, lambda config: {"a": [1.0, float("nan")], "b": {"c": float("-inf")}}, ["--json"]) == 0
+    assert capsys.readouterr().out == '{"a": [1.0, null], "b": {"c": null}}\n'
     shown = []
     assert cli.run(Config, lambda config: {"a": 1}, [], show=lambda config, result: shown.append(result)) == 0
     assert shown == [{"a": 1}] and capsys.readouterr().out == ""
@@ -144,6 +150,30 @@ def test_help_and_errors_load_nothing_heavy(argv):
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
     assert "loaded" not in done.stderr
     assert done.returncode == (2 if "9" in argv else 0)
+
+
+def test_a_reader_may_stop_reading(tmp_path):
+    command = f"{sys.executable} {ROOT / 'jobs' / 'main.py'} completion bash | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[1] == "0" and done.stderr == ""
+
+
+def test_every_command_has_json_debug_and_its_config():
+    for name, (module, _) in main.COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        cli.add_options(parser, importlib.import_module(module).CONFIG, f"alphatoken {name}")
+        options = set(parser._option_string_actions)
+        assert {"--json", "--debug", "--config"} <= options and ("--dry-run" in options) == (name in cli.HEAVY)
+
+
+def test_scores_tell_of_special_tokens(capsys):
+    counts = {"rows_in": 9, "rows_out": 8, "response_tokens": 5, "tokens": 20, "rows_truncated": 0}
+    counts |= {"rows_quarantined": 0, "rows_special_tokens": 3}
+    config = ScoreConfig(output="o", model="m", data=["d"], validation=["v"])
+    show_score(config, {"counts": counts, "seconds": 1.0})
+    assert re.search(r"special tokens +3 rows have some in their text", capsys.readouterr().out)
+    show_score(config, {"counts": counts | {"rows_special_tokens": 0}, "seconds": 1.0})
+    assert "special" not in capsys.readouterr().out
 
 
 def test_a_job_runs_as_a_file(tmp_path):

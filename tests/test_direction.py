@@ -148,3 +148,23 @@ def test_nothing_with_weight_is_an_error():
         direction.mean_gradient(scoring, [], direction.GradientOptions())
     with pytest.raises(UserError, match="linear weights"):
         direction.mean_gradient(scoring, rows, direction.GradientOptions(parameters="all", positions="response"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_validation_row_that_is_not_finite(value):
+    """Left out where rows count one by one; else an error, never a direction that makes every value NaN."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1] = value
+    scoring = prepare_model(model)
+    ids, masks = random_rows(0, 3)
+    ids = [[min(token, VOCABULARY - 2) for token in row] for row in ids]
+    alone = direction.GradientOptions(normalization="sequence")
+    expected = direction.mean_gradient(scoring, batches_of((ids, masks), 1), alone)
+    overflowing = [VOCABULARY - 1] * len(ids[0])
+    rows = ([*ids, overflowing], [*masks, masks[0]])
+    assert_close(direction.mean_gradient(scoring, batches_of(rows, 1), alone).tensors, expected.tensors)
+    with pytest.raises(UserError, match="not finite"):
+        direction.mean_gradient(scoring, batches_of(rows, 2), direction.GradientOptions())
+    moments = direction.second_moments(scoring, batches_of(rows, 1), "all-linear")
+    assert_close(moments, direction.second_moments(scoring, batches_of((ids, masks), 1), "all-linear"))

@@ -1,74 +1,41 @@
 """The documentation builds, and what it shows works.
 
-Commands in README.md, docs/ and examples/ are parsed, not run: the command has to exist, and its options have to make
-its configuration, by the command line's own parser. The code of the library page and the examples that need no Ray run
-on a tiny model; of the others `--help` runs.
+Commands in README.md, docs/ and examples/ are parsed here: the command has to exist, and its options have to make its
+configuration, by the command line's own parser. test_docs_commands.py runs them.
 """
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
-import torch
+from docs_commands import (
+    DOCS,
+    EXAMPLES,
+    FENCE,
+    INLINE,
+    PAGES,
+    ROOT,
+    SCRIPTS,
+    SHELL_SCRIPTS,
+    commands,
+    config_files,
+    shown_commands,
+)
 
 from alphatoken.export_formats import STACKS
 from jobs import cli, main
 
-ROOT = Path(__file__).parent.parent
-DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-SCRIPTS = sorted(EXAMPLES.glob("*.py"))
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SHELL = {"sh", "bash", "console"}
-JOB = re.compile(r"jobs/(\w+)\.py")
-DOCSTRING_COMMAND = re.compile(r"^ {4}(alphatoken .+)$", re.MULTILINE)
-CONFIG_FILE = re.compile(r"# (\S+\.yaml)\n")
-# Files with settings that a command in another block reads.
-CONFIG_FILES = {
-    found[1]: body
-    for page in PAGES
-    for language, body in FENCE.findall(page.read_text(encoding="utf-8"))
-    if language == "yaml" and (found := CONFIG_FILE.match(body))
-}
-
-
-def blocks(text: str, languages: set[str]) -> list[str]:
-    return [body for language, body in FENCE.findall(text) if language in languages]
-
-
-def commands(script: str) -> Iterator[list[str]]:
-    """The arguments of every `alphatoken ...`, and of every `python jobs/NAME.py ...`, in a shell script."""
-    for line in script.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if not set(word) <= set(lexer.punctuation_chars):
-                words.append(word)
-                continue
-            places = [i for i, each in enumerate(words) if JOB.fullmatch(each)]
-            if words[:1] == ["alphatoken"]:
-                yield words[1:]
-            elif places:
-                yield [JOB.fullmatch(words[places[0]])[1], *words[places[0] + 1 :]]
-            words = []
-
-
-def shown_commands() -> list:
-    texts = {page: "\n".join(blocks(page.read_text(encoding="utf-8"), SHELL)) for page in PAGES}
-    texts |= {path: path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.sh"))}
-    texts |= {path: "\n".join(DOCSTRING_COMMAND.findall(path.read_text(encoding="utf-8"))) for path in SCRIPTS}
-    return [
-        pytest.param(argv, id=f"{path.relative_to(ROOT)}: {' '.join(argv)[:60]}")
-        for path, text in texts.items()
-        for argv in commands(text)
-    ]
+CONFIG_FILES = config_files()
+CONFIG_FILES["runs/scored/manifest.json"] = CONFIG_FILES["run.yaml"]  # a run's manifest has its settings
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+# In running text, options that are not of our commands: `./start`, pip, ray, benchmarks.
+FOREIGN_OPTIONS = {"full", "no-deps", "working-dir", "batch-size", "rules", "tasks", "threads", "seeds", "only"}
 
 
 def parse(argv: list[str]) -> int:
@@ -78,13 +45,20 @@ def parse(argv: list[str]) -> int:
     def without_work(config_class, work, arguments=None, *, show=None, prog=None):
         return run(config_class, lambda config: None, arguments, prog=prog)
 
-    with mock.patch.object(cli, "run", without_work):
+    with mock.patch.object(cli, "run", without_work), mock.patch.object(cli, "dry_run", lambda config: {}):
         return main.main(argv)
 
 
-@pytest.mark.parametrize("argv", shown_commands())
+def parameters() -> list:
+    return [
+        pytest.param(argv, id=f"{path.relative_to(ROOT)}: {' '.join(argv)[:60]}") for path, argv in shown_commands()
+    ]
+
+
+@pytest.mark.parametrize("argv", parameters())
 def test_commands_parse(argv, tmp_path, monkeypatch, capsys):
     for name, text in CONFIG_FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     assert parse(argv) == 0, capsys.readouterr().err
@@ -97,6 +71,28 @@ def test_commands_are_found_and_wrong_ones_refused(capsys):
     assert parse(["mask", "--input", "a", "--output", "b", "--keep-fractoin", "1"]) == 2
     assert parse(["mask", "--input", "a", "--output", "b", "--keep-fraction", "2"]) == 2
     assert parse(["maks"]) == 2
+
+
+def config_classes() -> dict[str, type]:
+    """The class that each command's options are made from."""
+    found: dict[str, type] = {}
+    for name in main.COMMANDS:
+        with mock.patch.object(cli, "run", lambda kind, *_, name=name, **__: found.update({name: kind})):
+            main.main([name])
+    return found
+
+
+def test_options_in_running_text_exist():
+    fields = {field.replace("_", "-") for each in config_classes().values() for field in each.model_fields}
+    known = fields | {f"no-{field}" for field in fields} | {"config", "json", "debug", "dry-run", "help", "version"}
+    named = {
+        option
+        for page in PAGES
+        for span in INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+        for option in OPTION.findall(span)
+    }
+    assert named - known <= FOREIGN_OPTIONS
+    assert len(named) > 80
 
 
 def test_every_command_is_in_the_readme():
@@ -124,34 +120,31 @@ def test_sphinx_has_no_warnings_and_pages_load_nothing_from_elsewhere(built):
 
 def test_the_reference_has_every_option(built):
     text = (built / "configuration.html").read_text(encoding="utf-8")
-    for name in main.COMMANDS:
-        seen: list = []
-        with mock.patch.object(cli, "run", lambda config_class, *_, seen=seen, **__: seen.append(config_class)):
-            main.main([name])
+    for name, config_class in config_classes().items():
         section = re.search(rf'<section id="alphatoken-{name}">.*?</section>', text, re.DOTALL)
         assert section, f"alphatoken {name} is missing"
         options = set(re.findall(r"--([a-z-]+)", section[0]))
-        assert {field.replace("_", "-") for field in seen[0].model_fields} <= options
+        assert {field.replace("_", "-") for field in config_class.model_fields} <= options
+
+
+def test_pictures_are_described_and_readable_on_dark_pages():
+    for page in PAGES:
+        for text, target in PICTURE.findall(page.read_text(encoding="utf-8")):
+            assert len(text) > 20 and (page.parent / target).is_file(), f"{page}: {target}"
+    for figure in (DOCS / "figures").glob("*.svg"):
+        svg = ElementTree.parse(figure).getroot()
+        drawn = [each for each in svg if each.tag.rpartition("}")[2] not in ("style", "defs", "desc")]
+        assert drawn[0].tag.endswith("title") and drawn[0].text
+        background = drawn[1].attrib  # under dark text, whatever the page's colour
+        assert (
+            background["fill"] == "#fff"
+            and [background["width"], background["height"]] == svg.get("viewBox").split()[2:]
+        )
 
 
 def test_the_export_guide_has_every_stack():
     text = (DOCS / "guides" / "export.md").read_text(encoding="utf-8")
     assert [stack for stack in STACKS if f"`{stack}`" not in text] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_blocks_compile(page):
-    for block in blocks(page.read_text(encoding="utf-8"), {"python"}):
-        compile(block, str(page), "exec")
-
-
-def test_the_library_page_runs(tiny_checkpoint):
-    [code] = [block for block in blocks((DOCS / "library.md").read_text(encoding="utf-8"), {"python"})]
-    assert code.count('"smollm2-135m-instruct"') == 1
-    names: dict = {}
-    exec(compile(code.replace("smollm2-135m-instruct", tiny_checkpoint), "library.md", "exec"), names)
-    assert torch.isfinite(names["loss"].total) and names["loss"].count == names["keep"].sum() < len(names["keep"])
-    assert next(names["scoring"].model.parameters()).grad is not None
 
 
 def run_example(path: Path, arguments: list[str], monkeypatch) -> None:
@@ -169,21 +162,11 @@ def test_examples_explain_themselves(path, monkeypatch, capsys):
     assert "--model" in shown and f"examples/{path.name}" in shown
 
 
-def test_the_library_example_runs(tiny_checkpoint, monkeypatch, capsys):
-    run_example(EXAMPLES / "library.py", ["--model", tiny_checkpoint], monkeypatch)
-    assert "mean loss of the" in capsys.readouterr().out
-
-
-def test_the_baseline_example_runs(tiny_checkpoint, monkeypatch, capsys):
-    run_example(EXAMPLES / "custom_baseline.py", ["--model", tiny_checkpoint, "--rows", "2"], monkeypatch)
-    assert "rank correlation with exact values" in capsys.readouterr().out
-
-
 def test_the_verifier_of_the_example_prefers_short_right_answers():
     verify = runpy.run_path(str(EXAMPLES / "custom_verifier.py"))["short_and_right"]
     assert verify("10", "10") > verify("It is 7 + 3 = 10", "10") > verify("It is 11", "10") == verify("ten", "10") == 0
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=lambda path: path.name)
 def test_shell_examples_are_valid(path):
     subprocess.run(["bash", "-n", path], check=True)

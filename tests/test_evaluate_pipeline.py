@@ -1,5 +1,6 @@
 """The evaluate job: files and models in, a table out."""
 
+import io
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import types
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level
 
@@ -64,13 +66,17 @@ def by_name(result: dict) -> dict[str, dict]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_two_models_on_every_kind_of_file(tiny_checkpoint, other_checkpoint, files, tmp_path, capsys):
+def test_two_models_on_every_kind_of_file(tiny_checkpoint, other_checkpoint, files, tmp_path, capsys, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr("jobs.progress.Console", lambda **_: terminal)
     output = tmp_path / "out" / "table.json"
     arguments = ["--model", tiny_checkpoint, other_checkpoint]
     arguments += ["--loss", f"web={files['text']}", f"chat={files['chats']}"]
     arguments += ["--choices", f"quiz={files['questions']}", "--answers", f"sums={files['chats']}"]
     arguments += ["--max-new-tokens", "4", "--dtype", "float32", "--output", str(output)]
     assert job.main(arguments) == 0
+    rows = 2 * (len(TEXTS) + 2 * len(CHATS) + len(QUESTIONS))
+    assert f"{rows} of {rows + 2}" in terminal.file.getvalue()  # the bad question is never dealt with
     printed = capsys.readouterr().out
     result = json.loads(output.read_text())
     table = by_name(result)

@@ -44,7 +44,7 @@ def test_columns_of_every_stack(masked, tmp_path):
         for found, row in zip(exported(folder, stack, tmp_path), rows, strict=True):
             ids, labels = row["input_ids"], row["labels"]
             if stack == "torchtune":
-                assert found == {"tokens": ids, "labels": labels[1:] + [-100]}
+                assert found == {"tokens": ids, "labels": labels, "shifted_labels": labels[1:] + [-100]}
             elif stack == "verl":
                 assert found == {"input_ids": ids, "loss_mask": [int(label != -100) for label in labels]}
             elif stack in ("trl", "unsloth"):

@@ -164,6 +164,22 @@ def test_a_branch_that_is_not_finite_fails_its_pair_alone(models, bad):
     assert failures == {0: NOT_FINITE}  # row id 10: branches 20 and 21
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_value_that_only_overflows_when_it_is_weighted_fails_its_pair(models):
+    """omega is near beta / 2 here, so values near the end of float32 leave it."""
+    (policy, _), _ = models
+
+    def estimator(batch):
+        values = torch.ones(batch.num_response_tokens)
+        rows = batch.row_ids.repeat_interleave(batch.response_mask[:, 1:].sum(1))
+        values[rows == 23] = 3e38
+        return TokenValues(values, torch.zeros_like(values), -torch.ones_like(values))
+
+    found, failures = score(estimator, policy, None, random_pairs(1, 4), beta=8.0)
+    assert failures == {1: NOT_FINITE}
+    assert all(np.isfinite(row["rejected_adaptation"]).all() for i, row in enumerate(found) if i != 1)
+
+
 class Failing:
     """Raises for chosen branches, and above a number of positions."""
 

@@ -19,6 +19,7 @@ from alphatoken.errors import UserError
 from alphatoken.generate_config import GenerateConfig, PairConfig
 from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
+from pipelines.dry_run import dry_run
 from pipelines.generate import run_generate
 from pipelines.mask import run_mask
 from pipelines.pair import run_pair
@@ -62,6 +63,7 @@ def generate_config(model, prompts, output, **changes) -> GenerateConfig:
 
 def test_every_sample_of_every_prompt_is_there_once(generated):
     config, manifest = generated
+    assert dry_run(config)["state"] == "finished"
     rows = rows_of(config.output)
     assert manifest["counts"]["rows_out"] == len(rows) == 18 and manifest["counts"]["prompts"] == 8
     assert manifest["counts"]["rows_quarantined"] == 2
@@ -105,7 +107,9 @@ def test_a_run_that_was_cut_off_goes_on(generated, tiny_checkpoint, prompts, tmp
 
 def pair(source, output, **changes):
     config = PairConfig(input=str(source), output=str(output), **changes)
-    return run_pair(config), rows_of(output)
+    manifest = run_pair(config)
+    assert dry_run(config)["state"] == "finished"
+    return manifest, rows_of(output)
 
 
 def test_own_verifier_that_raises_sets_its_prompt_aside(generated, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from alphatoken.schedule import Window
 from alphatoken.suspects import Bounds, TokenLosses, token_losses, validation_losses
 from alphatoken.token_classes import class_of_ids
 from alphatoken.tokenizer import load_tokenizer
+from pipelines.dry_run import dry_run
 from pipelines.live_values import validation_batches
 from pipelines.rounds import make_schedule, run_rounds
 from pipelines.train import read_metrics
@@ -60,6 +61,7 @@ def test_two_actors(local_ray, tmp_path, inputs, overlap):
         assert kept == summary["counts"]["kept_tokens"]
     load_model(f"{config.output}/model")
     assert run_rounds(config) == manifest  # finished: nothing is done again
+    assert dry_run(config)["state"] == "finished"
 
 
 @pytest.mark.slow

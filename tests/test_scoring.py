@@ -4,14 +4,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny_models import random_rows, tiny_model
+from tiny_models import VOCABULARY, random_rows, tiny_model
 
 from alphatoken import schema
+from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import Baseline
 from alphatoken.batching import make_batch
 from alphatoken.errors import UserError
+from alphatoken.exact import Exact
 from alphatoken.model import prepare_model
 from alphatoken.scoring import NOT_FINITE, is_out_of_memory, score_table
+from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import TokenValues
 
 CPU = torch.device("cpu")
@@ -60,6 +63,32 @@ def test_a_row_that_is_not_finite_fails_alone():
 
     _, failures, _ = score_table(encoded(ids, masks), estimator, 10**6, CPU)
     assert failures == {2: NOT_FINITE}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("estimator", ["loss", "entropy", "forward", "central", "value_propagation"])
+def test_a_model_that_overflows_on_a_token_leaves_other_rows_of_the_batch_alone(estimator, value):
+    scoring = prepare_model(tiny_model("qwen2"))  # its head is not its embedding
+    ids, masks = random_rows(5, 8)
+    ids = [[min(token, VOCABULARY - 2) for token in row] for row in ids]
+    weights = scored_parameters(scoring.model, "last-layers:2")
+    tangents = [{name: torch.randn(p.shape) for name, p in weights.items()} for _ in range(2)]
+    if estimator in ("forward", "central"):
+        valued = Exact(scoring, "last-layers:2", *tangents, estimator)
+    elif estimator == "value_propagation":
+        valued = ValuePropagation(scoring, "last-layers:2", *tangents, 16)
+    else:
+        valued = Baseline(scoring, estimator)
+    expected, failures, _ = score_table(encoded(ids, masks), valued, 10**6, CPU)
+    assert not failures
+    for row in (2, 5):
+        ids[row][1] = VOCABULARY - 1
+    with torch.no_grad():
+        scoring.model.get_input_embeddings().weight[VOCABULARY - 1] = value
+    table, failures, _ = score_table(encoded(ids, masks), valued, 10**6, CPU)
+    assert failures == {2: NOT_FINITE, 5: NOT_FINITE}
+    for i, (ours, theirs) in enumerate(zip(adaptation(table), adaptation(expected), strict=True)):
+        np.testing.assert_allclose(ours, np.zeros(len(ours)) if i in failures else theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_other_columns_are_carried():

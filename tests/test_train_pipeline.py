@@ -20,6 +20,7 @@ from alphatoken import storage
 from alphatoken.errors import UserError
 from alphatoken.model import load_model
 from alphatoken.train_config import TrainConfig
+from pipelines.dry_run import dry_run
 from pipelines.train import read_metrics, run_train
 from pipelines.train_worker import build_trainer
 from tests import hand_written
@@ -84,6 +85,7 @@ def test_sft_gradient_over_workers(local_ray, tmp_path, model, workers):
     assert lines[0]["loss"] == pytest.approx(hand_written.sft(before, rows).item(), rel=1e-6)
     load_model(f"{config.output}/model")
     assert run_train(config) == manifest  # finished: nothing is done again
+    assert dry_run(config)["state"] == "finished"
     with pytest.raises(UserError, match="holds the output of a different run.*learning_rate: 1.0 -> 0.5"):
         run_train(config.model_copy(update={"learning_rate": 0.5}))
 

@@ -1,0 +1,42 @@
+"""Why a job ended, in one line."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+
+def sentence(result: Any, started: float) -> str:
+    """Of a job that ended well. `started`: time.time() before it."""
+    created = result.get("created") if isinstance(result, dict) else None
+    if created and datetime.fromisoformat(created).timestamp() < int(started):  # written by an earlier run
+        return f"already finished, at {created}"
+    return f"finished in {time.time() - started:.1f} s"
+
+
+def interrupted(by: str) -> str:
+    return f"interrupted by {by}; run the same command again to go on"
+
+
+@contextmanager
+def by_signal() -> Iterator[None]:
+    """SIGTERM (a job that is stopped, a machine that is taken away) raises SystemExit(SIGTERM), as Ray's handler does.
+
+    Without a handler the process would be gone with no word and no cleaning up.
+    """
+
+    def stop(number: int, _frame: Any) -> None:
+        sys.exit(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,62 @@
+"""The last line on stderr says why a job ended."""
+
+import os
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from alphatoken.config import MaskConfig
+from alphatoken.errors import UserError
+from jobs import cli
+
+GIVEN = ["--input", "scored", "--output", "masked"]
+
+
+def last_line(work, capsys, *options: str) -> tuple[int, str]:
+    code = cli.run(MaskConfig, work, [*GIVEN, *options])
+    return code, capsys.readouterr().err.splitlines()[-1]
+
+
+def manifest(age: float) -> dict:
+    return {"created": (datetime.now(UTC) - timedelta(seconds=age)).isoformat(timespec="seconds")}
+
+
+def raising(error: BaseException):
+    def work(config):
+        raise error
+
+    return work
+
+
+def test_finished_now_or_before(capsys):
+    code, line = last_line(lambda config: manifest(0), capsys)
+    assert code == 0 and line.startswith("alphatoken mask: finished in 0.")
+    code, line = last_line(lambda config: manifest(3600), capsys, "--json")
+    assert code == 0 and line.startswith("alphatoken mask: already finished, at 20")
+    code, line = last_line(lambda config: None, capsys)
+    assert code == 0 and line.startswith("alphatoken mask: finished in")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("scored is empty; give another folder"), 2, "scored is empty; give another folder"),
+        (ValueError("x"), 1, "ValueError: x (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted by Ctrl-C; run the same command again to go on"),
+    ],
+)
+def test_errors(error, code, line, capsys):
+    assert last_line(raising(error), capsys) == (code, f"alphatoken mask: {line}")
+
+
+def test_a_job_that_is_stopped(capsys):
+    def work(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    code, line = last_line(work, capsys)
+    assert (code, line) == (143, "alphatoken mask: interrupted by SIGTERM; run the same command again to go on")
+    assert signal.getsignal(signal.SIGTERM) == before
