@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 WORDS = ["the", "answer", "is", "seven", "plus", "nine", "red", "beans", "per", "hour", "makes", "a", "total", "sum"]
 OVERFLOWING = "~"  # the model has no finite embedding for it
 TOLERANCE = 1e-5
+RAY_TOO_SLOW = "timed out during startup"
 
 
 def write_model(folder: Path) -> str:
@@ -183,7 +184,7 @@ class ActorKiller:
 def cut_off(config: ScoreConfig | MaskConfig, kind: signal.Signals, shards: int) -> int | None:
     """Run a stage in a process of its own, and send it a signal when it has committed so many shards more; its exit
     code. SIGINT goes to the whole foreground group, as a terminal's Ctrl-C does; the others to the driver alone. None
-    where it was done before.
+    where it was done before, or where the machine was too busy for Ray to start.
     """
     stage = "score" if isinstance(config, ScoreConfig) else "mask"
     path = Path(f"{config.output}.config.json")
@@ -206,7 +207,8 @@ def cut_off(config: ScoreConfig | MaskConfig, kind: signal.Signals, shards: int)
         else:
             process.send_signal(kind)
     code = process.wait(timeout=120)  # its actors may live a moment longer, while the next command begins
-    if Path(config.output, "manifest.json").exists():
+    said = Path(f"{config.output}.log").read_text()
+    if Path(config.output, "manifest.json").exists() or RAY_TOO_SLOW in said:
         return None
-    assert code in (-kind, INTERRUPTED), Path(f"{config.output}.log").read_text()[-3000:]
+    assert code in (-kind, INTERRUPTED), said[-3000:]
     return code
