@@ -46,10 +46,7 @@ LATER = {
     "docs/guides/resume-and-faults.md": ("runs/scored",),
     "docs/guides/train-and-rounds.md": ("runs/masked",),
 }
-BY_DEFAULT = {
-    "README.md", "docs/faq.md", "docs/guides/export.md", "docs/guides/resume-and-faults.md", "docs/library.md",
-    "docs/quickstart.md",
-}  # fmt: skip
+BY_DEFAULT = {"README.md", "docs/library.md", "docs/quickstart.md"}
 
 
 def sessions_to_run() -> list:
