@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 ROWS = 40
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_endpoint_of_a_node_has_the_counts_of_the_manifest(tiny_checkpoint: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(ROWS)]
