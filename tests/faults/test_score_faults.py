@@ -94,6 +94,7 @@ def test_a_full_disk_ends_the_run_and_another_goes_on(either, seed):
     assert not either.findings(config)
 
 
+@pytest.mark.timeout(600)  # starts Ray several times
 @pytest.mark.parametrize("seed", [0, *MORE])
 def test_ctrl_c_and_a_killed_driver(bench, seed):
     """Both in one run, which the third command finishes; what was committed is kept, not done again."""
