@@ -5,10 +5,12 @@ import pytest
 import torch
 from evidence_lab import tiny_study, write_data
 
+from alphatoken.direction import GradientOptions, adam_scale, batch_gradient
 from benchmarks.evidence import data, forgetting_report
-from benchmarks.evidence.data import Row
+from benchmarks.evidence.data import Row, batch_of
 from benchmarks.evidence.forgetting import Forgetting, ForgettingLab, Trace, cases, mean_kept, with_stability
-from benchmarks.evidence.signals import Values
+from benchmarks.evidence.grid import EXACT
+from benchmarks.evidence.signals import Scorer, Values
 from benchmarks.evidence.stats import bootstrap_interval, first_crossing, rank_correlation
 
 
@@ -24,9 +26,9 @@ def lab(tmp_path_factory, tiny_checkpoint):
 
 
 def test_runs_of_a_seed_share_their_start_and_stability_changes_what_is_dropped(lab) -> None:
-    found = {case.rule.name: lab.run(0, case) for case in cases(lab.settings) if case.stability not in (0.5, 1.5)}
+    found = {case.rule.name: lab.run(0, case) for case in cases(lab.settings) if case.stability in (None, 0.0, 50.0)}
     full, random = found["full"], found["random 20%"]
-    plain, heavy = (found[f"exact, worst 20%, lambda {weight}"] for weight in ("0", "4"))
+    plain, heavy = (found[f"exact, worst 20%, lambda {weight}"] for weight in ("0", "50"))
     assert all(run["curve"][:2] == full["curve"][:2] for run in found.values())
     assert [point["step"] for point in full["curve"]] == [0, 2, 4, 6]
     assert full["curve"][-1]["target_loss"] < full["curve"][0]["target_loss"]
@@ -53,6 +55,28 @@ def test_drift_is_the_gradient_of_the_penalty(lab) -> None:
     assert found["drift"] == pytest.approx(0.1 * 0.01 * total, rel=1e-3)
     assert found["penalty"] == pytest.approx(0.5 * (0.11**2 - 0.1**2) * total, rel=1e-3)
     assert found["distance"] == pytest.approx(0.5 * (0.11**2 - 0.1**2) * importance.numel(), rel=1e-3)
+    trainer.reset()
+
+
+def test_stability_of_a_steps_tokens_is_what_the_preconditioned_step_moves_along_the_drift(lab) -> None:
+    trainer, scoring = lab.lab.trainer, lab.lab.scoring
+    task = lab.lab.load_task("clean", 0)
+    part, rate = task.train[:3], 1e-3
+    trainer.reset()
+    trainer.step(task.train[3:6])
+    trace = Trace(trainer, lab.fisher)
+    scorer = Scorer(scoring, task.validation, trainer.moments, lab.lab.end_of_turn, 0, trace.drift)
+    values = scorer.values(EXACT, part)
+    by_row = dict(zip((row.row_id for row in part), np.split(values.stability, values.offsets[1:-1]), strict=True))
+    everything = {row.row_id: np.ones(len(by_row[row.row_id])) for row in part}
+    expected = -rate * mean_kept(part, everything, by_row)
+    gradient, count = batch_gradient(scoring, batch_of(part), GradientOptions("all-linear"))
+    scale = adam_scale(trainer.moments())
+    with torch.no_grad():
+        for name in lab.fisher:
+            trainer.parameters[name].sub_(rate * scale[name] * gradient[name] / count)
+    assert expected != 0
+    assert trace.foretold()["drift"] == pytest.approx(expected, rel=0.02)
     trainer.reset()
 
 

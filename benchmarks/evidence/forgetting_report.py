@@ -128,4 +128,6 @@ def _with_interval(groups: Groups, prepare: Callable[[np.ndarray], np.ndarray]) 
 
     low, high = bootstrap_interval(stacked, statistic)
     value = statistic(np.concatenate(stacked))
+    if np.isnan(value):
+        return ""
     return f"{value:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
