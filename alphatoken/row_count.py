@@ -2,7 +2,7 @@
 
 from alphatoken import storage
 from alphatoken.readers import load_data_set, open_input
-from alphatoken.sources import plan_units
+from alphatoken.sources import file_bytes, plan_units
 
 CHEAP_BYTES = 512 * 2**20  # of text; counting the lines of more would take longer than it is worth
 BLOCK = 2**20
@@ -13,12 +13,10 @@ def count_rows(sources: list[str], most: int | None = None) -> int | None:
 
     Raises UserError for sources that cannot be read.
     """
-    inputs = {(unit.kind, unit.path) for unit in plan_units(sources)}
-    size = sum(
-        fs.size(path) or 0 for fs, path in (storage.filesystem(path) for kind, path in inputs if kind == "jsonl")
-    )
-    if size > CHEAP_BYTES:
+    units = plan_units(sources)
+    if file_bytes(units, "jsonl") > CHEAP_BYTES:
         return None
+    inputs = {(unit.kind, unit.path) for unit in units}
     counts = [_rows_of(kind, path) for kind, path in inputs]
     return sum(counts if most is None else (min(count, most) for count in counts))
 

@@ -28,7 +28,9 @@ from alphatoken.readers import (
     read_unit,
 )
 
-__all__ = ["ReadUnit", "SourceRow", "column_names", "data_fingerprint", "first_row", "plan_units", "read_unit"]
+__all__ = [
+    "ReadUnit", "SourceRow", "column_names", "data_fingerprint", "file_bytes", "first_row", "plan_units", "read_unit",
+]  # fmt: skip
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNIT_ROWS = 10_000  # rows of a data set, or at least this many of a Parquet file, per unit
@@ -68,6 +70,12 @@ def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
         else:
             digest = _with_content(digest, path)
     return digest.hexdigest()
+
+
+def file_bytes(units: list[ReadUnit], *kinds: str) -> int:
+    """Size of the units' files of these kinds (jsonl, parquet), each file once. One of unknown size counts nothing."""
+    files = {unit.path for unit in units if unit.kind in kinds}
+    return sum(fs.size(inner) or 0 for fs, inner in map(_file_system, sorted(files)))
 
 
 def _with_content(digest: Any, path: str) -> Any:

@@ -22,7 +22,7 @@ from alphatoken.prompts import PromptReader
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.run_folder import UNKNOWN, RunFolder, manifest_of
 from alphatoken.schedule import Schedule
-from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
+from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
 from alphatoken.tokenizer import load_config
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import LOCAL_CPUS
@@ -92,9 +92,7 @@ def _check_writable(path: str) -> None:
 
 def _survey(units: list[ReadUnit], encode: Callable[[dict], Sequences]) -> Survey | None:
     """The rows counted, a sample of them encoded; None where reading them takes long."""
-    paths = {unit.path for unit in units if unit.kind in ("jsonl", "parquet")}
-    size = sum(fs.size(inner) or 0 for fs, inner in map(storage.filesystem, sorted(paths)))
-    if size > CHEAP_BYTES or len(units) > CHEAP_UNITS:
+    if file_bytes(units, "jsonl", "parquet") > CHEAP_BYTES or len(units) > CHEAP_UNITS:
         return None
     return survey_rows(units, encode, SAMPLE_ROWS)
 

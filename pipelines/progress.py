@@ -68,7 +68,6 @@ def following(counter: Any, progress: Phase | None) -> Iterator[None]:
     if counter is None or progress is None:
         yield
         return
-    done = threading.Event()
 
     def look() -> None:
         with suppress(RayError):
@@ -76,8 +75,18 @@ def following(counter: Any, progress: Phase | None) -> Iterator[None]:
             if what:
                 progress(what, number)
 
+    with repeating(look, SECONDS):
+        yield
+    look()
+
+
+@contextmanager
+def repeating(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `look` every so many seconds, in a thread, while the body runs."""
+    done = threading.Event()
+
     def follow() -> None:
-        while not done.wait(SECONDS):
+        while not done.wait(seconds):
             look()
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -87,4 +96,3 @@ def following(counter: Any, progress: Phase | None) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    look()

@@ -30,7 +30,7 @@ from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
-from alphatoken.sources import ReadUnit, data_fingerprint, plan_units
+from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
@@ -226,11 +226,7 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
     """About how many tokens a shard has: small inputs get small shards, so that every actor has work."""
     if config.shard_tokens:
         return config.shard_tokens
-    size = 0
-    for path in {unit.path for unit in units if unit.kind in ("jsonl", "parquet")}:
-        fs, inner = storage.filesystem(path)
-        size += fs.size(inner) or 0
-    return LARGE_SHARD if size > SMALL_INPUT else SMALL_SHARD
+    return LARGE_SHARD if file_bytes(units, "jsonl", "parquet") > SMALL_INPUT else SMALL_SHARD
 
 
 def targets_of(config: ScoreConfig, direction_path: str | None) -> list[str]:

@@ -14,7 +14,6 @@ What can be known to be wrong is an error before a worker starts (pipelines/trai
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from alphatoken.run_folder import RunFolder
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import connect, torch_threads
 from pipelines.live_trainer import Live
+from pipelines.progress import repeating
 from pipelines.train_checks import TrainPlan, check_resources, check_train, with_encoded_rows, write_evaluation
 from pipelines.train_export import export_model
 from pipelines.train_worker import train_worker
@@ -225,7 +225,6 @@ def _following(uri: str, progress: Progress | None) -> Iterator[None]:
     if progress is None:
         yield
         return
-    done = threading.Event()
     shown = 0
 
     def show_new() -> None:
@@ -236,17 +235,10 @@ def _following(uri: str, progress: Progress | None) -> Iterator[None]:
             progress(line)
         shown = len(lines)
 
-    def follow() -> None:
-        while not done.wait(1.0):
-            show_new()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(show_new, 1.0):
+            yield
     finally:
-        done.set()
-        thread.join()
         show_new()
 
 

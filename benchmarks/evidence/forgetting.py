@@ -111,8 +111,7 @@ class ForgettingLab:
         return {
             "curve": curve,
             "windows": windows,
-            "cpu_seconds": {key: round(value, 2) for key, value in costs.cpu.items()},
-            "wall_seconds": {key: round(value, 2) for key, value in costs.wall.items()},
+            **costs.summary(),
             "detection": record.summary(),
         }
 

@@ -145,8 +145,7 @@ class PreferenceLab:
         return {
             "held_out": found,
             "text_loss": self.lab.measures.retention(self.lab.scoring, False)["text_loss"],
-            "cpu_seconds": {key: round(value, 2) for key, value in costs.cpu.items()},
-            "wall_seconds": {key: round(value, 2) for key, value in costs.wall.items()},
+            **costs.summary(),
             "detection": dropped_summary(record),
         }
 

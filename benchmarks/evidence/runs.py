@@ -53,6 +53,11 @@ class Costs:
         self.cpu[purpose] += cpu
         self.wall[purpose] += wall
 
+    def summary(self) -> dict[str, dict[str, float]]:
+        """As a result has them."""
+        parts = {"cpu_seconds": self.cpu, "wall_seconds": self.wall}
+        return {name: {key: round(value, 2) for key, value in part.items()} for name, part in parts.items()}
+
 
 class Clock:
     """CPU time does not count pauses of the machine; wall time does."""
@@ -135,8 +140,7 @@ class Lab:
         return {
             "target_loss": losses,
             "retention": retention,
-            "cpu_seconds": {key: round(value, 2) for key, value in costs.cpu.items()},
-            "wall_seconds": {key: round(value, 2) for key, value in costs.wall.items()},
+            **costs.summary(),
             "detection": record.summary(),
         }
 
