@@ -16,7 +16,7 @@ SHOWN_ROWS = 2
 VALIDATION_ROWS = 16
 HELD_OUT_ROWS = 12
 # Enough to see the flow in minutes on two cores.
-TRAINING = {"per_device_batch_size": 2, "learning_rate": 2e-5, "logging_steps": 6}
+TRAINING = {"per_device_batch_size": 2, "learning_rate": 2e-5, "logging_steps": 4}
 
 
 CONFIG = DemoConfig
@@ -67,8 +67,9 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
     from pipelines.rounds import run_rounds
 
     models, seconds = [EMBEDDED_MODEL], {}
-    for name, plain_steps in (("plain", config.steps), ("rounds", min(12, config.steps))):
-        words = "on every token" if name == "plain" else "in rounds: values again every 12 steps, suspects dropped"
+    half = max(1, config.steps // 2)
+    for name, plain_steps in (("plain", config.steps), ("rounds", half)):
+        words = "on every token" if name == "plain" else f"in rounds: values again every {half} steps, suspects dropped"
         _say(f"{len(models) + 1}. Training {config.steps} steps {words}.")
         rounds = RoundsConfig(
             model=EMBEDDED_MODEL,
@@ -77,6 +78,7 @@ def _train(config: DemoConfig, data: str, validation: list[str], folder: Path) -
             output=str(folder / name),
             max_steps=config.steps,
             plain_steps=plain_steps,
+            refresh_every=half,
             rule="suspect",
             overwrite=config.overwrite,
             **TRAINING,
