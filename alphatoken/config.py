@@ -276,8 +276,8 @@ class DemoConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: str = Field("runs/demo", description="folder for what the demo writes")
-    rows: int = Field(48, ge=1, description="rows of the embedded data set to score and to train on")
-    steps: int = Field(16, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
+    rows: int = Field(32, ge=1, description="rows of the embedded data set to score and to train on")
+    steps: int = Field(12, ge=0, description="optimizer steps of the training, of two rows each; 0 trains nothing")
     preference: bool = Field(
         False, description="instead: sample responses, pair them, value and mask the pairs, and train by DPO"
     )

@@ -36,7 +36,7 @@ from alphatoken.model import ScoringModel, load_model
 from alphatoken.value_propagation import ValuePropagation
 
 K3, ALL = "last-layers:3", "all-linear"
-WINDOW, VALIDATION_EXAMPLES = 32, 32
+WINDOW = 32
 PAPER = "the paper's procedure, K = 3"
 
 
@@ -50,14 +50,19 @@ def directions(scoring: ScoringModel, validation: Batch) -> dict[str, dict[str, 
     return found
 
 
-def methods(scoring: ScoringModel, batch: Batch, validation: Batch, found: dict) -> dict[str, Callable[[], object]]:
-    """Everything that is timed, by name. The first is the unit."""
+def forward_pass(scoring: ScoringModel, batch: Batch) -> Callable[[], torch.Tensor]:
+    """The unit: logits at response positions only."""
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
             hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             return scoring.head.projection(hidden[batch.predicting])
 
+    return forward
+
+
+def methods(scoring: ScoringModel, batch: Batch, validation: Batch, found: dict) -> dict[str, Callable[[], object]]:
+    """Everything that is timed, by name. The first is the unit."""
     last = {name: tensor for name, tensor in found["all"].items() if name in found["paper"]}
     makers: dict[str, Callable[[], Callable]] = {
         "value_propagation, K = 3": lambda: ValuePropagation(scoring, K3, found["paper"], window=WINDOW),
@@ -69,7 +74,7 @@ def methods(scoring: ScoringModel, batch: Batch, validation: Batch, found: dict)
             "exact, K = 3, central difference": lambda: Exact(scoring, K3, last, method="central"),
             "exact, all-linear, central difference": lambda: Exact(scoring, ALL, found["all"], method="central"),
         }
-    timed: dict[str, Callable[[], object]] = {"forward pass": forward}
+    timed: dict[str, Callable[[], object]] = {"forward pass": forward_pass(scoring, batch)}
     for name, make in makers.items():
         estimator = make()
         timed[name] = lambda estimator=estimator: estimator(batch)
@@ -108,7 +113,7 @@ def load_all(arguments: argparse.Namespace, dtype: str):
     rows = encoded_rows(arguments.model, [arguments.data or embedded_file("train.jsonl")])
     scoring = load_model(arguments.model, dtype)
     batch = packed_batch(rows, arguments.batch_size, arguments.length).to(scoring.device)
-    validation = packed_batch(rows[::-1], VALIDATION_EXAMPLES, arguments.length).to(scoring.device)
+    validation = packed_batch(rows[::-1], arguments.validation_examples, arguments.length).to(scoring.device)
     return scoring, batch, validation
 
 
@@ -188,6 +193,7 @@ def main() -> None:
     parser.add_argument("--data", help=DATA_HELP)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--validation-examples", type=int, default=32, help="that the paper's procedure runs with")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-paper", action="store_true")

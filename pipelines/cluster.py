@@ -17,6 +17,8 @@ from alphatoken.errors import UserError
 
 LOCAL_CPUS = 4  # logical: Ray Data needs a few slots for its stages to overlap, also on a small machine
 
+MOST_DEATHS = 5  # of processes at the same work, until a stage that cannot find the row ends
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 REMOTE_USER_ERROR = re.compile(r"^\s*alphatoken\.errors\.UserError: (.+)$", re.MULTILINE)

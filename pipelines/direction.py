@@ -1,6 +1,7 @@
 """The validation direction, computed once where the accelerators are, before the scoring actors start."""
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -24,6 +25,7 @@ from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.targets import UNNAMED, files_by_target, validation_files
 from alphatoken.tokenizer import load_tokenizer
+from pipelines import metrics
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
 from pipelines.encode import good_rows, make_encoder
@@ -112,6 +114,7 @@ def make_direction(
     reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs. tick: counts
     validation rows.
     """
+    started = time.monotonic()
     encoder = make_encoder(config.model, config, config.trust_remote_code)
     weights = None
     if config.class_weights:
@@ -144,6 +147,7 @@ def make_direction(
         }
     provenance = _provenance(scoring, config, parameters, positions, about)
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
+    metrics.count_file("direction", asdict(provenance), time.monotonic() - started)
     return asdict(provenance)
 
 

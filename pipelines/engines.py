@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 import torch
 
@@ -24,7 +25,8 @@ from alphatoken.readers import first_line
 from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines.blocks import map_blocks
-from pipelines.cluster import actor_pool, prepare_worker, torch_threads
+from pipelines.cluster import MOST_DEATHS, actor_pool, prepare_worker, torch_threads
+from pipelines.poison import Attempt
 
 ERROR = "__inference_error__"  # ray.data.llm's own: rows that have one pass its stages untouched
 REQUESTS_PER_BATCH = 64
@@ -106,10 +108,13 @@ def sample_seed(seed: int, row_id: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 2  # fits a signed 64-bit integer with room
 
 
-def answered(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.Dataset:
-    """A data set with the columns of ANSWERS."""
-    run = _by_vllm if choose_engine(plan.options) == "vllm" else _by_transformers
-    return run(requests, plan)
+def answered(requests: ray.data.Dataset, plan: EnginePlan, notes: str | None = None) -> ray.data.Dataset:
+    """A data set with the columns of ANSWERS. notes: the output folder, where transformers' actors note what they are
+    about to compute (pipelines/poison.py).
+    """
+    if choose_engine(plan.options) == "vllm":
+        return _by_vllm(requests, plan)
+    return _by_transformers(requests, plan, notes)
 
 
 # vLLM
@@ -214,12 +219,15 @@ def _reason(error: str | None) -> str:
 # transformers
 
 
-def _by_transformers(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.Dataset:
+def _by_transformers(requests: ray.data.Dataset, plan: EnginePlan, notes: str | None) -> ray.data.Dataset:
     low, high = plan.options.replica_range
+    threads = torch_threads(high, plan.options.cpus_per_replica)
+    bounded = {} if notes else {"max_task_retries": MOST_DEATHS}
     return map_blocks(
         requests,
         TransformersSampler,
-        fn_constructor_kwargs={"plan": plan, "threads": torch_threads(high, plan.options.cpus_per_replica)},
+        fn_constructor_kwargs={"plan": plan, "threads": threads, "notes": notes},
+        **bounded,
         compute=actor_pool(low, high),
         num_cpus=plan.options.cpus_per_replica,
         num_gpus=plan.options.gpus_per_replica,
@@ -229,15 +237,25 @@ def _by_transformers(requests: ray.data.Dataset, plan: EnginePlan) -> ray.data.D
 class TransformersSampler:
     """The fallback engine: a model per actor, batches of prompts of similar length."""
 
-    def __init__(self, plan: EnginePlan, threads: int) -> None:
+    def __init__(self, plan: EnginePlan, threads: int, notes: str | None = None) -> None:
         prepare_worker(threads)
-        self.plan = plan
+        self.plan, self.notes = plan, notes
         device = default_device() if plan.options.gpus_per_replica else torch.device("cpu")
         self.scoring = load_model(plan.model, plan.dtype, device, plan.trust_remote_code)
         self.tokenizer = load_tokenizer(plan.model, plan.trust_remote_code)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        rows = block.to_pylist()
+        if self.notes is None:
+            return self._answers(block)
+        good = pc.equal(block["reason"], "")
+        attempt = Attempt(self.notes, block.filter(good), self.plan.batch_tokens)
+        answers, failures, _ = attempt.score(lambda table: (self._answers(table), {}, 0))
+        attempt.end()
+        rows = [row | {"reason": failures.get(i, row["reason"])} for i, row in enumerate(answers.to_pylist())]
+        return pa.Table.from_pylist(rows + block.filter(pc.invert(good)).to_pylist(), schema=ANSWERS)
+
+    def _answers(self, requests: pa.Table) -> pa.Table:
+        rows = requests.to_pylist()
         good = [i for i, row in enumerate(rows) if not row["reason"]]
         lengths = [len(rows[i]["prompt_ids"]) + self.plan.sampling.max_new_tokens for i in good]
         for group in plan_batches(lengths, self.plan.batch_tokens):

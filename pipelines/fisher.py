@@ -3,6 +3,7 @@
     prompts ──> engine replicas, as in generate (pipelines/engines.py) ──> samples ──> gradients squared ──> file
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
@@ -25,6 +26,7 @@ from alphatoken.model import fingerprint, load_model
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.tokenizer import load_config
+from pipelines import metrics
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import one_accelerator, report_refused
 from pipelines.encode import good_rows, make_encoder
@@ -113,6 +115,7 @@ def make_fisher(
     config: FisherConfig, answers: list[ray.ObjectRef], refused: list[str], threads: int, counter: Any = None
 ) -> dict:
     """From samples to the file, on the machine that holds the model."""
+    started = time.monotonic()
     prepare_worker(threads)
     scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
     rows = sorted((row for table in ray.get(answers) for row in table.to_pylist()), key=lambda row: row["row_id"])
@@ -136,4 +139,5 @@ def make_fisher(
     )
     tensors = {f"fisher/{name}": tensor.cpu() for name, tensor in found.tensors.items()}
     tensor_file.save(config.output, tensor_file.TensorFile(provenance, tensors))
+    metrics.count_file("fisher", asdict(provenance), time.monotonic() - started)
     return asdict(provenance)

@@ -166,7 +166,7 @@ def _generate_units(
             fn_kwargs={"samples": config.samples, "seed": config.seed},
         )
     )  # fmt: skip
-    written = answered(requests, engine_plan(config, plan.context)).map_batches(
+    written = answered(requests, engine_plan(config, plan.context), folder.uri).map_batches(
         write_responses, batch_size=None, batch_format="pyarrow", num_cpus=0.5,
         fn_kwargs={"output": folder.uri, "samples": config.samples, "model": model},
     )  # fmt: skip

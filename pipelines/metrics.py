@@ -40,6 +40,21 @@ def count_shard(stage: str, record: dict[str, Any]) -> None:
         _tokens_per_second().set(tokens / seconds, {"stage": stage})
 
 
+def count_steps(stage: str, steps: int, tokens: int) -> None:
+    """Add optimizer steps, and the tokens that went through the model in them."""
+    if ray.is_initialized():
+        _steps().inc(steps, {"stage": stage})
+        if tokens:
+            _tokens().inc(tokens, {"stage": stage, "kind": "all"})
+
+
+def count_file(stage: str, provenance: dict[str, Any], seconds: float) -> None:
+    """Add what a direction or a Fisher was made from. `provenance`: as alphatoken.tensor_file.Provenance has it."""
+    rows, refused = provenance["num_rows"], provenance["options"]["num_refused"]
+    counts = {"rows_in": rows + refused, "rows_out": rows, "rows_quarantined": refused}
+    count_shard(stage, {"counts": counts | {"response_tokens": provenance["num_tokens"]}, "seconds": seconds})
+
+
 def reason_class(reason: str) -> str:
     """A reason for quarantine without what differs from row to row: Prometheus wants few values of a tag."""
     return VARIABLE.sub("...", reason.partition(": ")[0])[:LONGEST_CLASS]
@@ -78,6 +93,11 @@ def _rows() -> Counter:
 @cache
 def _tokens() -> Counter:
     return Counter("alphatoken_tokens", "tokens: all, of responses, and kept by masks", ("stage", "kind"))
+
+
+@cache
+def _steps() -> Counter:
+    return Counter("alphatoken_steps", "optimizer steps", ("stage",))
 
 
 @cache

@@ -26,7 +26,7 @@ from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_i
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges, metrics
-from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
+from pipelines.cluster import MOST_DEATHS, actor_pool, connect, torch_threads, user_errors
 from pipelines.engines import LOGICAL_CPUS, REQUESTS, answered, choose_engine, make_plan, sample_seed
 from pipelines.judges import Group
 from pipelines.shards import total_counts
@@ -121,10 +121,12 @@ def _pair_shards(
 def _resources(config: PairConfig) -> dict[str, Any]:
     """A judge with a model sits on the replicas that the user asked for; the others are light."""
     if config.judge != "reward-model":
-        return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=4), "num_cpus": 1}
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=4)
+        return {"compute": pool, "max_task_retries": MOST_DEATHS, "num_cpus": 1}
     low, high = config.replica_range
     pool = actor_pool(low, high)
-    return {"compute": pool, "num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
+    resources = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
+    return {"compute": pool, "max_task_retries": MOST_DEATHS, **resources}
 
 
 class PairShards:

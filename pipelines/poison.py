@@ -1,4 +1,4 @@
-"""Rows that kill the process that scores them: found by the notes of dead processes, and put aside.
+"""Rows that kill the process that computes them: found by the notes of dead processes, and put aside.
 
 Ray starts a killed actor again and gives it the block that it had, for ever. So an actor notes in
 OUT/attempts/<first row id>.json what it is about to compute, and removes the note when the block's shard is committed.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 DEATHS_ALONE = 2  # of a row until it is put aside
 DEATHS_AFTER = 3  # when all rows were computed, until that is an error
 DEADLY_ROWS = 4  # that died alone, none computed: a wrong set-up
-DIED = "the process died while this row was scored"
+DIED = "the process died while this row was computed"
 
 BLOCK, BATCH, ROW, AFTER = "block", "batch", "row", "after"  # what a process was computing; AFTER: writing the shard
 

@@ -51,8 +51,9 @@ from pipelines.shards import total_counts, write_block
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 5  # of an encoded row: int32 id and one byte of mask
-SMALL_SHARD, LARGE_SHARD = 4_096, 1_048_576  # tokens per shard, for inputs below and above SMALL_INPUT bytes
-SMALL_INPUT = 64 * 2**20
+SMALLEST_SHARD, LARGEST_SHARD = 4_096, 1_048_576  # tokens
+SHARDS = 256  # of an input between: every actor has work, and they end at about the same time
+BYTES_OF_TEXT = 4  # a token of a text file, about
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens", "shard_tokens"}
 
@@ -226,7 +227,8 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
     """About how many tokens a shard has: small inputs get small shards, so that every actor has work."""
     if config.shard_tokens:
         return config.shard_tokens
-    return LARGE_SHARD if file_bytes(units, "jsonl", "parquet") > SMALL_INPUT else SMALL_SHARD
+    tokens = file_bytes(units, "jsonl", "parquet") // BYTES_OF_TEXT
+    return min(max(tokens // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
 
 
 def targets_of(config: ScoreConfig, direction_path: str | None) -> list[str]:

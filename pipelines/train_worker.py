@@ -28,6 +28,7 @@ from alphatoken.model import fingerprint
 from alphatoken.token_classes import class_of_ids
 from alphatoken.tokenizer import load_tokenizer
 from alphatoken.train_config import BY_LOSS, TrainConfig
+from pipelines import metrics
 from pipelines.cluster import prepare_worker
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.train_data import columns_for, load_rows
@@ -63,7 +64,7 @@ def _train(config: TrainConfig, settings: dict, folder: str) -> dict:
     _agree(trainer, trainer.check_masks())
     trainer.add_callback(ReportCheckpoint())
     if trainer.is_world_process_zero():
-        trainer.add_callback(MetricsFile(settings["metrics"]))
+        trainer.add_callback(MetricsFile(settings["metrics"], config.stage))
     model_fingerprint = fingerprint(trainer.model) if trainer.is_world_process_zero() else None
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as path:
@@ -260,14 +261,21 @@ class ReportCheckpoint(TrainerCallback):
 
 class MetricsFile(TrainerCallback):
     """All log lines so far as one JSONL file, written anew each time: after a resume no line is there twice, and
-    object stores know no append.
+    object stores know no append. Steps and tokens go to Ray's metrics too.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, stage: str) -> None:
+        self.uri, self.stage = uri, stage
         self.due = 0.0
+        self.steps = self.tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.steps = state.global_step  # more than 0 after a resume; TRL counts tokens of this process
 
     def on_log(self, args, state, control, **kwargs) -> None:
+        tokens = max(int(state.log_history[-1].get("num_tokens", 0)), self.tokens)
+        metrics.count_steps(self.stage, state.global_step - self.steps, tokens - self.tokens)
+        self.steps, self.tokens = state.global_step, tokens
         if time.monotonic() >= self.due:
             self._write(state)
 

@@ -7,6 +7,7 @@
 `age` is the number of steps between the weights behind a row's values and the step that first trains on it.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from alphatoken.suspects import Bounds, TokenLosses
 from alphatoken.token_classes import class_of_ids
 from alphatoken.train_config import BY_VALUE
 from alphatoken.window_masking import keep_all_pairs, mask_window
+from pipelines import metrics
 
 SUMMARY = "window.json"
 
@@ -88,4 +90,6 @@ def write_window(
         "shards": [storage.join(folder, f"train-{part:05d}.parquet") for part in range(len(masked))],
     }
     storage.write_json(summary, storage.join(folder, SUMMARY))
+    reasons = Counter(reason for shard in masked for reason in shard.quarantine["reason"].to_pylist())
+    metrics.count_shard(config.stage, {"counts": counts, "reasons": reasons})
     return summary

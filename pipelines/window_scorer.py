@@ -3,12 +3,14 @@
 The model is loaded once; each window brings it newer weights through Ray's object store.
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
@@ -23,6 +25,7 @@ from alphatoken.suspects import TokenLosses, validation_losses
 from alphatoken.token_classes import class_of_ids
 from alphatoken.train_config import BY_LOSS
 from alphatoken.value_propagation import ValuePropagation
+from pipelines import metrics
 from pipelines.cluster import prepare_worker
 from pipelines.encode import ENCODED_AS
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
@@ -99,6 +102,7 @@ class WindowScorer:
         table: pa.Table,
     ) -> pa.Table:
         """What `read` gave, with the columns of SCORED or SCORED_PAIRS. Without a direction losses stand for values."""
+        started = time.monotonic()
         self._load(snapshot)
         estimator = self._estimator(direction, drift)
         tokens = self.config.batch_tokens
@@ -107,6 +111,11 @@ class WindowScorer:
         else:
             pairs = PairEstimator(estimator, self.scoring, self.policy_reference)
             scored, failures, _ = score_pair_table(table, pairs, tokens, self.device, self.config.beta)
+        lengths = [pc.sum(pc.list_value_length(table[name])) for name in table.column_names if name.endswith("_ids")]
+        tokens = sum(length.as_py() or 0 for length in lengths)
+        metrics.count_shard(
+            self.config.stage, {"counts": {"tokens": tokens}, "seconds": time.monotonic() - started}
+        )
         return _with_nan(scored, failures) if failures else scored
 
     def drift(self, snapshot: Snapshot) -> directions.Tensors | None:

@@ -1,6 +1,6 @@
-"""A program of its own for test_metrics.py: score and mask on a private Ray, then what its metrics endpoint says.
+"""A program of its own for test_metrics.py: every counted stage on a private Ray, then what its metrics endpoint says.
 
-Arguments: model, data, output folder. Prints one line of JSON: both manifests, and the lines of the endpoint.
+Arguments: model, data, output folder. Prints one line of JSON: what each stage returned, and the lines of the endpoint.
 """
 
 import json
@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
 os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112 (Ray's own name; before Ray starts)
 
@@ -33,9 +34,16 @@ def watch(gauges: set[str], stop: threading.Event) -> None:
 
 
 def main(model: str, data: str, output: str) -> None:
-    from alphatoken.config import MaskConfig, ScoreConfig
+    from alphatoken.config import DirectionConfig, MaskConfig, ScoreConfig
+    from alphatoken.fisher_config import FisherConfig
+    from alphatoken.rounds_config import RoundsConfig
+    from alphatoken.train_config import TrainConfig
+    from pipelines.direction import run_direction
+    from pipelines.fisher import run_fisher
     from pipelines.mask import run_mask
+    from pipelines.rounds import run_rounds
     from pipelines.score import run_score
+    from pipelines.train import run_train
 
     gauges: set[str] = set()
     stop = threading.Event()
@@ -46,11 +54,31 @@ def main(model: str, data: str, output: str) -> None:
             ScoreConfig(model=model, data=[data], estimator="loss", output=f"{output}/scored", shard_tokens=400)
         )
         masked = run_mask(MaskConfig(input=f"{output}/scored", output=f"{output}/masked", keep_fraction=0.5))
+        good = f"{output}/good.jsonl"
+        lines_of_data = Path(data).read_text().splitlines(keepends=True)
+        Path(good).write_text("".join(lines_of_data[:12]))
+        direction = run_direction(
+            DirectionConfig(model=model, validation=[good], parameters="all-linear", output=f"{output}/d.safetensors")
+        )
+        fisher = run_fisher(
+            FisherConfig(
+                model=model, prompts=[good], output=f"{output}/f.safetensors", engine="transformers", max_new_tokens=8
+            )
+        )
+        steps = {"model": model, "max_steps": 4, "per_device_batch_size": 2, "max_length": 64, "logging_steps": 1}
+        trained = run_train(TrainConfig(data=[f"{output}/masked"], output=f"{output}/trained", **steps))
+        rounds = run_rounds(
+            RoundsConfig(
+                data=[good], validation=[good], output=f"{output}/rounds", plain_steps=0, refresh_every=2,
+                keep_fraction=0.5, rule="share", preconditioner="none", **steps,
+            )
+        )
         time.sleep(2)  # some reports
     finally:
         stop.set()
         watcher.join()
-    print(json.dumps({"score": scored, "mask": masked, "lines": lines(), "gauges": sorted(gauges)}))
+    stages = {"score": scored, "mask": masked, "direction": direction, "fisher": fisher, "train": trained}
+    print(json.dumps(stages | {"rounds": rounds, "lines": lines(), "gauges": sorted(gauges)}))
 
 
 if __name__ == "__main__":

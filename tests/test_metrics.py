@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ def test_the_endpoint_of_a_node_has_the_counts_of_the_manifest(tiny_checkpoint: 
     said = json.loads(done.stdout.splitlines()[-1])
 
     totals: Counter = Counter()
-    workers = {"score": set(), "mask": set()}
+    workers = defaultdict(set)
     for family in text_string_to_metric_families("\n".join(said["lines"]) + "\n"):
         for sample in family.samples:
             tag = sample.labels.get("kind") or sample.labels.get("reason")
@@ -57,6 +57,14 @@ def test_the_endpoint_of_a_node_has_the_counts_of_the_manifest(tiny_checkpoint: 
     assert set(reasons) == {reason_class(reason) for reason in said["score"]["counts"]["quarantine_reasons"]}
     assert totals["tokens", "mask", "kept"] == said["mask"]["counts"]["kept_tokens"]
     assert any("kept_fraction{" in line for line in said["gauges"])
+    for stage in ("direction", "fisher"):
+        assert totals["rows", stage, "out"] == said[stage]["num_rows"] > 0
+        assert totals["tokens", stage, "response"] == said[stage]["num_tokens"] > 0
+    assert totals["steps", "train", None] == said["train"]["counts"]["steps"] == 4
+    assert totals["tokens", "train", "all"] > totals["tokens", "mask", "response"] / 10
+    assert totals["steps", "rounds", None] == said["rounds"]["counts"]["steps"] == 4
+    assert totals["rows", "rounds", "out"] == 8 and totals["tokens", "rounds", "kept"] > 0
+    assert totals["busy_seconds", "rounds", None] > 0
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,20 @@ HEADLINE = {"tokens": [FULL, ORACLE, *RULES], "mixed": [FULL, ORACLE, *RULES], "
 CONTROLS = [*map(with_validation, (FULL, ORACLE, EXCESS_RULE, SUSPECT)), RANDOM_FIFTH, FRESH]
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
-SHORT_VARIANTS = 7  # the first ones
+EXCESS_VARIANTS = {
+    "in-run": {"in_run": True},
+    "6 validation rows": {"known_rows": 6},
+    "12 validation rows": {"known_rows": 12},
+    "once at step 12": {"refresh": 48},
+    "every 4 steps": {"refresh": 4},
+    "K=3": {"signal": EXACT_3},
+    "value propagation K=3": {"signal": PROPAGATION_3},
+    "no preconditioner": {"signal": PLAIN},
+}
+SHORT_VARIANTS = 4  # the first ones
 VARIANTS = [
+    *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
-    *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),
