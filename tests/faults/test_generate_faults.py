@@ -15,7 +15,7 @@ from pipelines.generate import run_generate
 from pipelines.poison import DIED
 from tests.faults.injection import DEADLY_SAMPLE, DeadlySampler
 
-PROMPTS, SAMPLES = 12, 4
+PROMPTS, SAMPLES = 48, 4
 pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
@@ -71,7 +71,7 @@ def test_a_prompt_that_kills_is_put_aside_and_the_others_are_answered_as_ever(ti
 def test_an_engine_that_dies_loses_no_sample(tmp_path):
     config = GenerateConfig(
         model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(tmp_path / "responses"),
-        limit=PROMPTS, samples=SAMPLES, max_new_tokens=48, temperature=0.0, engine="vllm", max_length=256,
+        limit=PROMPTS, samples=SAMPLES, max_new_tokens=32, temperature=0.8, engine="vllm", max_length=256,
         shard_rows=SAMPLES,
     )  # fmt: skip
     killer = EngineKiller()
