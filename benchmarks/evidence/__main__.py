@@ -25,7 +25,7 @@ from benchmarks.evidence import forgetting_report, preference_report, report
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
 from benchmarks.evidence.grid import Run, runs
-from benchmarks.evidence.preference import PAIR_RULES, PairRule, Preference, PreferenceLab
+from benchmarks.evidence.preference import CLEAN_PAIR_RULES, PAIR_RULES, PairRule, Preference, PreferenceLab
 from benchmarks.evidence.rules import Rule
 from benchmarks.evidence.runs import Clock, Lab, Study
 
@@ -109,11 +109,12 @@ class Work:
         )
 
     def prefer(self, seeds: Iterable[int], rules: list[str] | None, settings: Preference) -> None:
-        """Every run on preference pairs whose file is missing."""
+        """Every run on preference pairs whose file is missing; without flipped pairs, of the rules for that alone."""
         lab = cache(lambda: PreferenceLab(self.data_dir, settings))
-        wanted = [(seed, rule) for seed in seeds for rule in PAIR_RULES if rules is None or rule.name in rules]
+        of_set, folder = (PAIR_RULES, "preference") if settings.flipped else (CLEAN_PAIR_RULES, "preference_clean")
+        wanted = [(seed, rule) for seed in seeds for rule in of_set if rules is None or rule.name in rules]
         self._missing(
-            "preference",
+            folder,
             (
                 (preference_settings(settings, seed, rule), lambda seed=seed, rule=rule: lab().run(seed, rule))
                 for seed, rule in wanted
@@ -146,8 +147,10 @@ class Work:
 
         results = report.read_results(self.output / "trained")
         (self.output / "tables.md").write_text(report.all_tables(results, self.output))
-        forgotten, preferred = (report.read_runs(self.output / name) for name in ("forgetting", "preference"))
-        blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred)
+        forgotten, preferred, clean = (
+            report.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
+        )
+        blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
         readme = self.output.parent / "README.md"
         if readme.exists():
             readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output) | blocks))
@@ -187,6 +190,7 @@ def main() -> None:
         work.forget(seeds, arguments.rules, Forgetting())
     if "preference" in arguments.only:
         work.prefer(seeds, arguments.rules, Preference())
+        work.prefer(seeds, arguments.rules, Preference(flipped=0.0))
     if "tables" in arguments.only:
         work.tables()
 

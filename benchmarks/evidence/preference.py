@@ -84,6 +84,7 @@ PAIR_RULES = [
     PairRule("DPO loss, highest 33% of pairs", "pairs", "loss", THIRD),
     PairRule("random 33% of pairs", "pairs", "random", THIRD),
 ]
+CLEAN_PAIR_RULES = [rule for rule in PAIR_RULES if rule.choose == "pairs" or rule == FULL]  # where no pair is flipped
 
 
 @dataclass(frozen=True)

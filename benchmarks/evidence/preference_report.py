@@ -1,4 +1,4 @@
-"""The table of the study of flipped pairs, from the JSON of its finished runs."""
+"""The tables of the study of flipped pairs, from the JSON of its finished runs."""
 
 from benchmarks.evidence.report import Runs, by_seed, cost_of, difference, mean, percent, table
 from benchmarks.evidence.stats import gap_closed, paired
@@ -6,9 +6,10 @@ from benchmarks.evidence.stats import gap_closed, paired
 FULL, ORACLE = "full", "oracle"
 
 
-def blocks(runs: Runs) -> dict[str, str]:
-    """Tables by name."""
-    return {"preference": rules(runs)} if runs else {}
+def blocks(runs: Runs, clean: Runs) -> dict[str, str]:
+    """Tables by name. clean: runs without flipped pairs."""
+    found = {"preference": runs, "preference, clean": clean}
+    return {name: rules(of_set) for name, of_set in found.items() if of_set}
 
 
 def rules(runs: Runs) -> str:
