@@ -53,7 +53,7 @@ def score_here(config: ScoreConfig, direction: str | None) -> dict:
     table = pa.concat_tables(list(encoded))
     return_freed_memory()
     before = resident_kb()
-    Scorer(config, direction, torch.get_num_threads())(table)
+    Scorer(config, direction, f"{config.output}-again", torch.get_num_threads())(table)
     return {"bytes": (peak_kb() - before) * 1024}
 
 

@@ -74,6 +74,7 @@ def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, 
         assert a["labels"].to_pylist() == b["labels"].to_pylist()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_trainer(local_ray, tmp_path, inputs):
     undisturbed = config_of(inputs, tmp_path / "plain", max_steps=8)
