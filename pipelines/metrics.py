@@ -42,10 +42,12 @@ def count_shard(stage: str, record: dict[str, Any]) -> None:
 
 def count_steps(stage: str, steps: int, tokens: int) -> None:
     """Add optimizer steps, and the tokens that went through the model in them."""
-    if ray.is_initialized():
+    if not ray.is_initialized():
+        return
+    if steps:  # the last log line of a run has none: and Ray refuses to add nothing
         _steps().inc(steps, {"stage": stage})
-        if tokens:
-            _tokens().inc(tokens, {"stage": stage, "kind": "all"})
+    if tokens:
+        _tokens().inc(tokens, {"stage": stage, "kind": "all"})
 
 
 def count_file(stage: str, provenance: dict[str, Any], seconds: float) -> None:

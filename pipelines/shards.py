@@ -13,7 +13,9 @@ from pipelines.encode import ORIGIN
 
 
 def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = None) -> dict[str, list]:
-    """Write one shard and its commit record; returns its counts, `cost` among them, as one row."""
+    """Write one shard and its commit record; returns its counts, `cost` among them, as one row. cost: what scoring
+    took; None: the rows are encoded only.
+    """
     if not block.num_rows:
         return {}
     block = block.sort_by("row_id")
@@ -42,7 +44,7 @@ def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = No
         "seconds": (cost or {}).get("scoring_seconds", 0.0),
     }
     RunFolder(output).write_shard(data, quarantine.select(schema.QUARANTINE.names), record)
-    metrics.count_shard("score", record)
+    metrics.count_shard("score" if cost else "encode", record)
     return {name: [value] for name, value in counts.items()}
 
 
