@@ -96,7 +96,8 @@ def _speed_table(results: dict[str, Any]) -> Rows:
         where = f"{case['model']}, {case['dtype']}, T = {case['length']}, batch {case['batch_size']}"
         for name, found in case["methods"].items():
             ratios = [f"{found['ratio']:.2f}", f"{found['predicted']:.2f}"]
-            rows.append([f"{where}: {name}", *ratios, f"{found['tokens_per_second']:,.0f}", f"{found['peak_ratio']:.1f}"])
+            speed = f"{found['tokens_per_second']:,.0f}"
+            rows.append([f"{where}: {name}", *ratios, speed, f"{found['peak_ratio']:.1f}"])
     return rows
 
 
