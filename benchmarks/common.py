@@ -3,11 +3,15 @@
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import resource
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -85,6 +89,22 @@ def return_freed_memory() -> None:
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def in_own_process(call: Callable, *arguments: Any) -> Any:
+    """What `call` returns, run where nothing else was before it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(call, arguments)
+
+
+def peak_mb_of(call: Callable[[], object]) -> float:
+    """The most memory of this process during the call, above what it has now."""
+    return_freed_memory()
+    with suppress(OSError):  # the system's peak never falls: the kernel clears it, where it can
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (peak_kb() - before) / 1024
 
 
 def write_result(path: str | None, result: dict) -> None:

@@ -25,6 +25,7 @@ from alphatoken.model import ScoringModel, load_model, prepare_model
 from alphatoken.value_propagation import ValuePropagation
 
 BOOTSTRAP = 2000
+BETA2, EPS = 0.999, 1e-8  # of AdamW
 
 
 def batches_of(rows) -> list[Batch]:
@@ -38,26 +39,41 @@ def validation_loss(scoring: ScoringModel, batches: list[Batch]) -> float:
     return float(losses.double().mean())
 
 
-def measured_change(
-    scoring: ScoringModel, row: Batch, token: int, batches: list[Batch], before: float, rate: float
-) -> float:
-    """-(change of validation loss) after W -= rate * grad l_token; the weights are restored exactly."""
+def gradient_of(scoring: ScoringModel, batch: Batch, kept: torch.Tensor) -> list[torch.Tensor]:
+    """Of the mean loss of the kept response tokens, by all parameters. kept: (N,) bool in the order of the batch."""
     parameters = list(scoring.model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        hidden = decoder(scoring.model)(input_ids=row.input_ids, use_cache=False).last_hidden_state
-        logits = scoring.model.lm_head(hidden[row.predicting][token : token + 1]).float()
-        loss = torch.nn.functional.cross_entropy(logits, row.targets[token : token + 1])
+        hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        logits = scoring.model.lm_head(hidden[batch.predicting][kept]).float()
+        loss = torch.nn.functional.cross_entropy(logits, batch.targets[kept])
         gradients = torch.autograd.grad(loss, parameters)
-    saved = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return list(gradients)
+
+
+@torch.no_grad()
+def measured_change(
+    scoring: ScoringModel, batch: Batch, kept: torch.Tensor, validation: list[Batch], before: float, rate: float,
+    moments: list[torch.Tensor] | None = None, steps: int = 1,
+) -> float:  # fmt: skip
+    """-(change of validation loss) after steps on the mean loss of the kept response tokens, all parameters moving: of
+    SGD, or with second moments of AdamW. The weights are restored exactly.
+    """
+    parameters = list(scoring.model.parameters())
+    saved = [parameter.clone() for parameter in parameters]
+    for _ in range(steps):
+        gradients = gradient_of(scoring, batch, kept)
+        if moments is not None:
+            for gradient, v in zip(gradients, moments, strict=True):
+                gradient /= (BETA2 * v + (1 - BETA2) * gradient.square()).sqrt_().add_(EPS)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(False)
             parameter -= rate * gradient
-        change = validation_loss(scoring, batches) - before
-        for parameter, value in zip(parameters, saved, strict=True):
-            parameter.copy_(value)
+    change = validation_loss(scoring, validation) - before
+    for parameter, value in zip(parameters, saved, strict=True):
+        parameter.copy_(value)
     return -change
 
 
@@ -126,7 +142,8 @@ def main() -> None:
     chosen = [places[k] for k in rng.choice(len(places), size=arguments.tokens, replace=False)]
     truth = np.array([
         measured_change(
-            scoring, make_batch([rows[i].input_ids], [rows[i].response_mask]), t, validation, before, arguments.rate
+            scoring, make_batch([rows[i].input_ids], [rows[i].response_mask]),
+            torch.arange(sum(rows[i].response_mask)) == t, validation, before, arguments.rate,
         )
         for i, t in track(chosen, description="measuring single-token steps")
     ])  # fmt: skip

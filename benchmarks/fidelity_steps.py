@@ -11,17 +11,16 @@ Printed: Spearman's rank correlation over tokens or groups, with 95% bootstrap i
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from common import DATA_HELP, embedded_file, encoded_rows, print_table, write_result
-from fidelity import adapted_reference, batches_of, interval, validation_loss
+from fidelity import adapted_reference, batches_of, interval, measured_change, validation_loss
 from rich.progress import track
 from scipy.stats import spearmanr
 
-from alphatoken.architecture import decoder
 from alphatoken.baselines import Baseline
 from alphatoken.batching import Batch, make_batch
 from alphatoken.config import EMBEDDED_MODEL
@@ -33,7 +32,6 @@ from alphatoken.value_propagation import ValuePropagation
 GROUP, ROWS_OF_GROUP = 16, 4
 MOMENT_ROWS = 32  # the first ones of the data; batches of 8
 LAYERS = (1, 3, 6, 12)
-BETA2, EPS = 0.999, 1e-8
 Tokens = list[tuple[int, int]]  # (row, response token)
 
 
@@ -57,43 +55,19 @@ SETTINGS = (
 )
 
 
-def gradient_of(scoring: ScoringModel, batch: Batch, kept: torch.Tensor) -> list[torch.Tensor]:
-    """Of the mean loss of the kept response tokens, by all parameters. kept: (N,) bool in the order of the batch."""
-    parameters = list(scoring.model.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    with torch.enable_grad():
-        hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        logits = scoring.model.lm_head(hidden[batch.predicting][kept]).float()
-        loss = torch.nn.functional.cross_entropy(logits, batch.targets[kept])
-        gradients = torch.autograd.grad(loss, parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    return list(gradients)
-
-
 def measured(
     scoring: ScoringModel, rows: list, tokens: Tokens, validation: list[Batch], before: float, setting: Setting,
     moments: list[torch.Tensor],
 ) -> float:  # fmt: skip
-    """-(change of validation loss) after the setting's steps on these tokens; the weights are restored exactly."""
+    """-(change of validation loss) after the setting's steps on these tokens."""
     wanted = sorted({row for row, _ in tokens})
     batch = make_batch([rows[i].input_ids for i in wanted], [rows[i].response_mask for i in wanted])
     kept = torch.tensor([(row, t) in tokens for row in wanted for t in range(sum(rows[row].response_mask))])
-    parameters = list(scoring.model.parameters())
-    saved = [parameter.detach().clone() for parameter in parameters]
-    for _ in range(setting.steps):
-        for parameter, gradient, v in zip(parameters, gradient_of(scoring, batch, kept), moments, strict=True):
-            if setting.adamw:
-                gradient /= (BETA2 * v + (1 - BETA2) * gradient.square()).sqrt_().add_(EPS)
-            parameter.data -= setting.rate * gradient
-    change = validation_loss(scoring, validation) - before
-    for parameter, value in zip(parameters, saved, strict=True):
-        parameter.data.copy_(value)
-    return -change
+    given = moments if setting.adamw else None
+    return measured_change(scoring, batch, kept, validation, before, setting.rate, given, setting.steps)
 
 
-def estimators(scoring: ScoringModel, validation: list[Batch], scale: dict) -> Iterator[tuple[str, object]]:
+def estimators(scoring: ScoringModel, validation: list[Batch], scale: dict) -> Iterator[tuple[str, Callable]]:
     """(name, estimator), made one at a time: each holds tensors of the model's size."""
     everything = mean_gradient(scoring, validation, GradientOptions("all")).tensors
     yield "exact, all", Exact(scoring, "all", everything)

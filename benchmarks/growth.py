@@ -9,7 +9,6 @@ many rows, then the same batch is scored. Rows and actors: the pipeline's scorin
 
 import argparse
 import itertools
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from common import (
     DATA_HELP,
     embedded_file,
     encoded_rows,
+    in_own_process,
     packed_batch,
-    peak_kb,
+    peak_mb_of,
     print_table,
-    resident_kb,
-    return_freed_memory,
     write_result,
 )
 
@@ -39,11 +37,6 @@ METHODS = ("forward pass", "value_propagation, K = 3", "exact, K = 3", "exact, a
 VALIDATION_ROWS = (4, 16, 64)
 ROWS = (128, 256, 512)
 REPEATS = 3
-
-
-def in_own_process(call: Callable, *arguments: object) -> dict:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call, arguments)
 
 
 def at_length(model: str, data: str, length: int, method: str) -> dict:
@@ -63,15 +56,18 @@ def at_length(model: str, data: str, length: int, method: str) -> dict:
             else Exact(scoring, parameters, direction)
         )
         call = lambda: estimator(batch)  # noqa: E731
-    return_freed_memory()
-    before = resident_kb() or 0
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    seconds: list[float] = []
+    peak = peak_mb_of(lambda: seconds.extend(times_of(call, REPEATS if length <= 2048 else 1)))
+    return {"length": length, "method": method, "seconds": min(seconds), "peak_mb": peak}
+
+
+def times_of(call: Callable[[], object], repeats: int) -> list[float]:
     seconds = []
-    for _ in range(REPEATS if length <= 2048 else 1):
+    for _ in range(repeats):
         started = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - started)
-    return {"length": length, "method": method, "seconds": min(seconds), "peak_mb": (peak_kb() - before) / 1024}
+    return seconds
 
 
 def with_validation_rows(model: str, data: str, validation: str, count: int) -> dict:
@@ -84,11 +80,7 @@ def with_validation_rows(model: str, data: str, validation: str, count: int) -> 
     direction = mean_gradient(scoring, parts, GradientOptions(speed.ALL)).tensors
     made = time.perf_counter() - started
     estimator = Exact(scoring, speed.ALL, direction)
-    seconds = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        estimator(batch)
-        seconds.append(time.perf_counter() - started)
+    seconds = times_of(lambda: estimator(batch), REPEATS + 1)
     return {"validation_rows": count, "scoring_seconds": min(seconds), "direction_seconds": made}
 
 

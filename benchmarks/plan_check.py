@@ -8,17 +8,15 @@ the measured matrix product's speed that would have made the prediction right: w
 """
 
 import argparse
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from common import DATA_HELP, embedded_file, peak_kb, print_table, resident_kb, return_freed_memory, write_result
+from common import DATA_HELP, embedded_file, in_own_process, peak_mb_of, print_table, write_result
 
 from alphatoken.config import EMBEDDED_MODEL, DataOptions, ScoreConfig
 from alphatoken.model import load_model
@@ -39,33 +37,28 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def in_own_process(call: Callable, *arguments: Any) -> dict:
-    """What `call` returns, run where nothing else was before it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call, arguments)
-
-
 def score_here(config: ScoreConfig, direction: str | None) -> dict:
     """Peak memory of an actor, from before it loads the model."""
     units = plan_units(config.data)
     options = DataOptions(**config.model_dump(include=set(DataOptions.model_fields)))
     encoded = encode_units({"unit": np.arange(len(units))}, units, EncodePlan(config.model, False, options))
     table = pa.concat_tables(list(encoded))
-    return_freed_memory()
-    before = resident_kb()
-    Scorer(config, direction, f"{config.output}-again", torch.get_num_threads())(table)
-    return {"bytes": (peak_kb() - before) * 1024}
+    peak = peak_mb_of(lambda: Scorer(config, direction, f"{config.output}-again", torch.get_num_threads())(table))
+    return {"bytes": peak * 2**20}
 
 
 def make_direction_here(config: ScoreConfig, path: str) -> dict:
     """Peak memory, from before the model is loaded, and seconds of the direction alone."""
-    return_freed_memory()
-    before = resident_kb()
-    scoring = load_model(config.model, config.dtype, torch.device("cpu"))
-    parameters = config.parameters or default_parameters(config.estimator)
-    started = time.perf_counter()
-    make_direction(scoring, config, parameters, config.positions_for(config.estimator), path)
-    return {"seconds": time.perf_counter() - started, "bytes": (peak_kb() - before) * 1024}
+    seconds = []
+
+    def make() -> None:
+        scoring = load_model(config.model, config.dtype, torch.device("cpu"))
+        parameters = config.parameters or default_parameters(config.estimator)
+        started = time.perf_counter()
+        make_direction(scoring, config, parameters, config.positions_for(config.estimator), path)
+        seconds.append(time.perf_counter() - started)
+
+    return {"bytes": peak_mb_of(make) * 2**20, "seconds": seconds[0]}
 
 
 def check(settings: dict[str, Any], folder: str) -> dict:
@@ -95,7 +88,7 @@ def check(settings: dict[str, Any], folder: str) -> dict:
         if valued
         else None,
         "pipeline_seconds": manifest["seconds"],
-        "plan": plan,
+        "plan": {name: part for name, part in plan.items() if name != "command"},  # which names this machine's folders
     }
 
 

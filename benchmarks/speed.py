@@ -7,8 +7,6 @@ medians. Peak memory is that of a fresh process per method, above the loaded mod
 """
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -18,11 +16,10 @@ from common import (
     DATA_HELP,
     embedded_file,
     encoded_rows,
+    in_own_process,
     packed_batch,
-    peak_kb,
+    peak_mb_of,
     print_table,
-    resident_kb,
-    return_freed_memory,
     write_result,
 )
 from paper_procedure import paper_values
@@ -119,8 +116,7 @@ def load_all(arguments: argparse.Namespace, dtype: str):
 
 def peak_memory(arguments: argparse.Namespace, dtype: str, name: str) -> float:
     """MB above the loaded model and its directions, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (arguments, dtype, name))
+    return in_own_process(_peak_memory, arguments, dtype, name)
 
 
 def _peak_memory(arguments: argparse.Namespace, dtype: str, name: str) -> float:
@@ -138,17 +134,7 @@ def _peak_memory(arguments: argparse.Namespace, dtype: str, name: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return_freed_memory()
-    # ru_maxrss never falls: clear it through the kernel where that is possible, else count from the process's start
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    current = resident_kb()
-    call()
-    return (peak_kb() - (current or before)) / 1024
+    return peak_mb_of(call)
 
 
 def benchmark(arguments: argparse.Namespace, dtype: str) -> dict:

@@ -8,13 +8,12 @@ of scoring over those of a forward pass with logits at response positions; also 
 """
 
 import argparse
-import multiprocessing
 import tempfile
 from pathlib import Path
 
 import speed
 import torch
-from common import print_table, write_result
+from common import in_own_process, print_table, write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken.architecture import first_scored_layer
@@ -84,8 +83,7 @@ def measure(model: str, dtype: str, length: int, batch_size: int, repeats: int) 
         model=model, data=None, length=length, batch_size=batch_size, repeats=repeats, skip_paper=True,
         skip_memory=True, validation_examples=2,
     )  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(speed.benchmark, (arguments, dtype))
+    found = in_own_process(speed.benchmark, arguments, dtype)
     for name, method in found["methods"].items():
         method["peak_mb"] = speed.peak_memory(arguments, dtype, name)
     return found

@@ -250,7 +250,7 @@ class TransformersSampler:
         good = pc.equal(block["reason"], "")
         attempt = Attempt(self.notes, block.filter(good), self.plan.batch_tokens)
         answers, failures, _ = attempt.score(lambda table: (self._answers(table), {}, 0))
-        attempt.end()
+        attempt.end()  # a later stage writes the shard, which needs no model and so is not where rows kill
         rows = [row | {"reason": failures.get(i, row["reason"])} for i, row in enumerate(answers.to_pylist())]
         return pa.Table.from_pylist(rows + block.filter(pc.invert(good)).to_pylist(), schema=ANSWERS)
 

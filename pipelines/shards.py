@@ -31,7 +31,7 @@ def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = No
         "rows_quarantined": quarantine.num_rows,
         "rows_truncated": pc.sum(data["truncated"]).as_py() or 0,
         "rows_special_tokens": pc.sum(block["special_tokens"]).as_py() or 0,
-        "tokens": sum(int(pc.sum(pc.list_value_length(data[name])).as_py() or 0) for name in _id_columns(data)),
+        "tokens": num_tokens(data),
         "response_tokens": _response_tokens(data),
         **(cost or {}),
     }
@@ -53,6 +53,11 @@ def _response_tokens(table: pa.Table) -> int:
         return pc.sum(pc.list_flatten(table["response_mask"])).as_py() or 0
     branches = [name for name in ("chosen_ids", "rejected_ids") if name in table.column_names]
     return sum(pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in branches)
+
+
+def num_tokens(table: pa.Table) -> int:
+    """Of prompts and responses together."""
+    return sum(int(pc.sum(pc.list_value_length(table[name])).as_py() or 0) for name in _id_columns(table))
 
 
 def _id_columns(table: pa.Table) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import torch
 
@@ -30,6 +29,7 @@ from pipelines.cluster import prepare_worker
 from pipelines.encode import ENCODED_AS
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.pair_generator import PairGenerator
+from pipelines.shards import num_tokens
 from pipelines.train_data import load_rows
 
 COLUMNS = {kind: found.names for kind, found in ENCODED_AS.items()}
@@ -111,11 +111,8 @@ class WindowScorer:
         else:
             pairs = PairEstimator(estimator, self.scoring, self.policy_reference)
             scored, failures, _ = score_pair_table(table, pairs, tokens, self.device, self.config.beta)
-        lengths = [pc.sum(pc.list_value_length(table[name])) for name in table.column_names if name.endswith("_ids")]
-        tokens = sum(length.as_py() or 0 for length in lengths)
-        metrics.count_shard(
-            self.config.stage, {"counts": {"tokens": tokens}, "seconds": time.monotonic() - started}
-        )
+        seconds = time.monotonic() - started
+        metrics.count_shard(self.config.stage, {"counts": {"tokens": num_tokens(table)}, "seconds": seconds})
         return _with_nan(scored, failures) if failures else scored
 
     def drift(self, snapshot: Snapshot) -> directions.Tensors | None:

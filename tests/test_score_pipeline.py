@@ -23,7 +23,7 @@ from pipelines.dry_run import dry_run
 from pipelines.encode import make_encoder
 from pipelines.fisher import run_fisher
 from pipelines.mask import run_mask
-from pipelines.score import run_score
+from pipelines.score import LARGEST_SHARD, SMALLEST_SHARD, run_score, shard_tokens
 
 WORDS = ["the", "answer", "is", "seven", "plus", "nine", "red", "beans", "per", "hour", "makes", "a", "total", "sum"]
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -266,3 +266,12 @@ def test_a_pickle_is_refused_unread(tiny_checkpoint, files, tmp_path):
     torch.save({"a": torch.zeros(1)}, evil)
     with pytest.raises(UserError, match="not a direction file"):
         run_score(configuration(tiny_checkpoint, files, tmp_path / "s", direction=str(evil), validation=[]))
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "tokens"), [(0, SMALLEST_SHARD), (1, SMALLEST_SHARD), (64, 65_536), (4096, LARGEST_SHARD)]
+)
+def test_shards_grow_with_the_input(monkeypatch, tiny_checkpoint, files, tmp_path, megabytes, tokens):
+    monkeypatch.setattr("pipelines.score.file_bytes", lambda *_: megabytes * 2**20)
+    assert shard_tokens(configuration(tiny_checkpoint, files, tmp_path, shard_tokens=None), []) == tokens
+    assert shard_tokens(configuration(tiny_checkpoint, files, tmp_path, shard_tokens=77), []) == 77
