@@ -118,13 +118,20 @@ def mean_gradient(
 
 
 def gradient_sum(
-    scoring: ScoringModel, batches: Iterable[Batch], options: GradientOptions, weigh: TokenWeights | None = None
-) -> "GradientSum":
-    """What `mean_gradient` is the mean of; may be empty. UserError where `positions` does not fit `parameters`."""
+    scoring: ScoringModel,
+    batches: Iterable[Batch],
+    options: GradientOptions,
+    weigh: TokenWeights | None = None,
+    so_far: GradientSum | None = None,
+) -> GradientSum:
+    """What `mean_gradient` is the mean of; may be empty. UserError where `positions` does not fit `parameters`.
+
+    so_far: what is added to; its tensors are taken over.
+    """
     if options.parameters == "all" and options.positions == "response":
         raise UserError("--positions response is defined for linear weights; use last-layers:K or all-linear")
-    total: Tensors = {}
-    weight_sum, num_rows, num_tokens = 0.0, 0, 0
+    so_far = so_far or GradientSum({}, 0, 0, 0.0)
+    total, num_rows, num_tokens, weight_sum = so_far.tensors, so_far.num_rows, so_far.num_tokens, so_far.weight
     rows_per_example = weigh.rows_per_example if weigh else 1
     for batch in batches:
         gradient, weight = batch_gradient(scoring, batch, options, weigh)

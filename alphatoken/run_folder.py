@@ -7,6 +7,7 @@
     OUT/direction.safetensors                 where score made its own
     OUT/commits/<first row id>.json           one per finished shard; gone once the run is finished
     OUT/attempts/<first row id>.json          one per block that is being scored: see pipelines/poison.py
+    OUT/sums/<number>.safetensors             gradients that were added up so far: see pipelines/kept_sum.py
     OUT/README.md                             data card
     OUT/manifest.json                         what came out; written last: a folder with it is complete
 
@@ -30,6 +31,7 @@ SHARD_FILES = {
     "quarantine": re.compile(r"^quarantine-([0-9]{15})\.parquet$"),
     "commits": re.compile(r"^([0-9]{15})\.json$"),
     "attempts": re.compile(r"^([0-9]{15})\.json$"),
+    "sums": re.compile(r"^([0-9]{15})\.safetensors$"),
 }
 SHOWN_DIFFERENCES = 5
 
@@ -90,12 +92,17 @@ class RunFolder:
         earlier = self._earlier_identity()
         if earlier is None or overwrite:
             return "new"
-        differences = list(_differences(earlier, identity))
-        if differences and self._has_results():
-            raise UserError(_describe(self.uri, differences))
-        if differences:
+        changed = list(differences(earlier, identity))
+        if changed and self._has_results():
+            raise UserError(different_run(self.uri, changed))
+        if changed:
             return "new"
         return "finished" if storage.exists(self._path("manifest.json")) else "resume"
+
+    def is_of(self, identity: dict) -> bool:
+        """Whether a run with this identity has begun here."""
+        earlier = self._earlier_identity()
+        return earlier is not None and not any(differences(earlier, identity))
 
     def write_shard(self, data: pa.Table | None, quarantine: pa.Table | None, record: dict) -> None:
         """Write one shard's rows and rejected rows (None or empty: no file), then its commit record.
@@ -127,6 +134,10 @@ class RunFolder:
         """UserError if the run has not finished."""
         return storage.read_json(self._path("manifest.json"))
 
+    def sum_uri(self, number: int) -> str:
+        """Where a sum is kept."""
+        return self._path("sums", f"{_digits(number)}.safetensors")
+
     def _path(self, *parts: str) -> str:
         return storage.join(self.uri, *parts)
 
@@ -145,7 +156,9 @@ class RunFolder:
     def _has_results(self) -> bool:
         """Whether anything would be lost: a run that failed before its first shard is in nobody's way."""
         kept = ("manifest.json", "checkpoints")  # train keeps checkpoints instead of shards
-        return any(storage.exists(self._path(name)) for name in kept) or bool(self._shard_files("commits"))
+        return any(storage.exists(self._path(name)) for name in kept) or any(
+            self._shard_files(folder) for folder in ("commits", "sums")
+        )
 
     def _shard_files(self, folder: str) -> list[tuple[str, str]]:
         """(digits of the first row id, file name) of one of the folders in SHARD_FILES, sorted."""
@@ -214,11 +227,11 @@ def _digits(first_row_id: int) -> str:
     return f"{first_row_id:015d}"
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, old value, new value) of everything that differs between two JSON values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif new is not UNKNOWN and _plain(old) != _plain(new):
         yield name, old, new
 
@@ -228,10 +241,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _describe(uri: str, differences: list[tuple[str, Any, Any]]) -> str:
-    shown = [f"{name}: {old} -> {new}" for name, old, new in differences[:SHOWN_DIFFERENCES]]
-    if len(differences) > SHOWN_DIFFERENCES:
-        shown.append(f"and {len(differences) - SHOWN_DIFFERENCES} more")
+def different_run(uri: str, changed: list[tuple[str, Any, Any]]) -> str:
+    """The sentence for what `differences` found."""
+    shown = [f"{name}: {old} -> {new}" for name, old, new in changed[:SHOWN_DIFFERENCES]]
+    if len(changed) > SHOWN_DIFFERENCES:
+        shown.append(f"and {len(changed) - SHOWN_DIFFERENCES} more")
     return (
         f"{uri} holds the output of a different run ({'; '.join(shown)}); "
         "give another --output, or --overwrite to replace it"

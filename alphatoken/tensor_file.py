@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alphatoken.errors import UserError
+from alphatoken.run_folder import differences, different_run
 from alphatoken.storage import filesystem
 
 PROVENANCE_KEY = "alphatoken"
@@ -119,6 +120,24 @@ def _parse_header(raw: bytes, path: str, kind: str) -> Provenance:
     if provenance.kind != kind:
         raise UserError(f"{path} holds a {provenance.kind}, not a {kind}")
     return provenance
+
+
+def finished(path: str, kind: str, run: dict, overwrite: bool) -> Provenance | None:
+    """The provenance of the file at `path` if `run` made it; None where there is no file, or it is to be replaced.
+
+    run: fields of Provenance that say which run it is, of `options` some. Raises UserError where something else is
+    there.
+    """
+    fs, place = filesystem(path)
+    if overwrite or not fs.exists(place):
+        return None
+    found = read_provenance(path, kind)
+    there = {name: getattr(found, name) for name in run}
+    there["options"] = {name: found.options.get(name) for name in run["options"]}
+    changed = list(differences(there, json.loads(json.dumps(run))))
+    if changed:
+        raise UserError(different_run(path, changed))
+    return found
 
 
 def check_matches(provenance: Provenance, path: str, model_fingerprint: str, parameters: str | None) -> None:

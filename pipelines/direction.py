@@ -11,7 +11,7 @@ import ray
 import torch
 
 from alphatoken import direction as directions
-from alphatoken import tensor_file, token_classes
+from alphatoken import storage, tensor_file, token_classes
 from alphatoken.batching import Batch
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.encode import Encoder, check_source
@@ -23,29 +23,31 @@ from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
-from alphatoken.targets import UNNAMED, files_by_target, validation_files
+from alphatoken.targets import files_by_target
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
-from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
+from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
+from pipelines.direction_identity import NO_TRAINING_ROWS, direction_provenance, direction_run, preconditioner_files
 from pipelines.encode import good_rows, make_encoder
+from pipelines.kept_sum import KeptSums, open_parts
 from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
-from pipelines.validation_rows import batch_of, validation_batches
+from pipelines.refused import Refused, died, reasons, report_refused, write_refused
+from pipelines.validation_rows import batch_of, batches_of, tokens_of, validation_blocks
 
 logger = logging.getLogger(__name__)
-
-MAX_REASONS = 3
 VALIDATION_ROWS = "validation rows"  # what is counted
-NO_TRAINING_ROWS = "--preconditioner adam needs --preconditioner-data FILES: training rows for its moments"
 
 
 def run_direction(config: DirectionConfig, progress: Phase | None = None) -> dict:
-    """Compute and save the direction; returns its provenance as a dictionary."""
+    """Compute and save the direction; returns its provenance as a dictionary. Goes on with a run that was cut off."""
     check_direction_inputs(config)
+    config = config.model_copy(update={"output": storage.absolute(config.output)})
     connect()
     counter = Tally.remote() if progress else None
     with user_errors():
-        task = _direction_task.options(**one_accelerator()).remote(config, torch_threads(), counter)
+        task = _direction_task.options(**one_accelerator(), max_retries=MANY_DEATHS)
+        task = task.remote(config, torch_threads(), counter)
         [provenance] = get_all([task], counter, progress)
     tell(provenance["health"])
     return provenance
@@ -111,10 +113,19 @@ def make_direction(
 ) -> dict:
     """Compute the direction of every target of `config.validation` and save them at `path`; returns the provenance.
 
+    What was added up before is kept beside `path` and used again. Raises UserError where another run's direction, or
+    parts of one, are there, unless `config.overwrite`.
+
     reference: of the DPO losses; None: the model itself. data_pairs: the rows to be scored are pairs. tick: counts
     validation rows.
     """
     started = time.monotonic()
+    run = direction_run(scoring, config, parameters, positions)
+    if there := tensor_file.finished(path, "direction", run, config.overwrite):
+        logger.info("%s is already finished", path)
+        return asdict(there)
+    folder = open_parts(path, {"stage": "direction", **run}, config.overwrite)
+    sums = KeptSums(folder, config.batch_tokens, scoring.device)
     encoder = make_encoder(config.model, config, config.trust_remote_code)
     weights = None
     if config.class_weights:
@@ -122,10 +133,10 @@ def make_direction(
     options = directions.GradientOptions(parameters, config.normalization, positions, weights)
     pairs = PairWeights(scoring, reference, config.beta)
     weigh = pairs if config.validation_objective == "dpo" else None
-    gradients = {}
+    gradients: dict[str, _Gradients] = {}
     for target, files in files_by_target(config.validation).items():
         own = config.model_copy(update={"validation": files})
-        gradients[target] = _gradients(scoring, own, encoder, options, weigh, tick)
+        gradients[target] = _gradients(scoring, own, encoder, options, weigh, sums, len(gradients), tick)
     tick("checks of the direction", 0)
     scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
     tensors = {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
@@ -145,8 +156,10 @@ def make_direction(
             ),
             "central_step": Exact(scoring, parameters, direction, method="central").central_step if moved else None,
         }
-    provenance = _provenance(scoring, config, parameters, positions, about)
+    provenance = direction_provenance(run, about)
+    write_refused(path, "direction", [row for part in gradients.values() for row in part.refused])
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
+    storage.remove_tree(folder.uri)
     metrics.count_file("direction", asdict(provenance), time.monotonic() - started)
     return asdict(provenance)
 
@@ -158,7 +171,7 @@ class _Gradients:
     config: ScoreConfig | DirectionConfig  # with the files of this target alone
     halves: list[directions.GradientSum]
     found: directions.MeanGradient
-    refused: list[str]
+    refused: list[Refused]
 
 
 def _gradients(
@@ -167,50 +180,30 @@ def _gradients(
     encoder: Encoder,
     options: directions.GradientOptions,
     weigh: PairWeights | None,
+    sums: KeptSums,
+    target: int,
     tick: Tick,
 ) -> _Gradients:
-    refused: list[str] = []
+    def add(rows: list[Any], so_far: directions.GradientSum) -> directions.GradientSum:
+        batches = batches_of(config, rows, scoring.device)
+        batches = counted(batches, tick, VALIDATION_ROWS, _rows_in if weigh is None else _pairs_in)
+        return directions.gradient_sum(scoring, batches, options, weigh, so_far)
+
+    refused: list[Refused] = []
+    killed: dict[int, str] = {}
     halves = []
     for half in range(2):
-        batches = validation_batches(config, encoder, refused, half, scoring.device)
-        batches = counted(batches, tick, VALIDATION_ROWS, _rows_in if weigh is None else _pairs_in)
-        halves.append(directions.gradient_sum(scoring, batches, options, weigh))
+        blocks = validation_blocks(config, encoder, refused, half)
+        found, deadly = sums.over(2 * target + half, blocks, add, tokens_of, tick, VALIDATION_ROWS)
+        halves.append(found)
+        killed |= deadly
+    refused += died(plan_units(config.validation), killed)
     try:
-        found = (halves[0] + halves[1]).mean()
+        mean = (halves[0] + halves[1]).mean()
     except UserError as error:
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
-    report_refused("validation", found.num_rows, refused)
-    return _Gradients(config, halves, found, refused)
-
-
-def _provenance(
-    scoring: ScoringModel, config: ScoreConfig | DirectionConfig, parameters: str, positions: str, about: dict
-) -> tensor_file.Provenance:
-    """about: what is known of each target, by its name. What all have in common, and of named ones each."""
-    options: dict[str, Any] = {"num_refused": sum(part["num_refused"] for part in about.values())}
-    if UNNAMED in about:
-        health, step = about[UNNAMED]["health"], about[UNNAMED]["central_step"]
-    else:
-        told = [f"{name}: {sentence}" for name, part in about.items() for sentence in part["health"]["concerns"]]
-        health, step = {"targets": {name: part["health"] for name, part in about.items()}, "concerns": told}, None
-        options["targets"] = {name: {key: part[key] for key in part if key != "health"} for name, part in about.items()}
-    return tensor_file.Provenance(
-        kind="direction",
-        model_fingerprint=fingerprint(scoring.model),
-        parameters=parameters,
-        data_fingerprint=data_fingerprint(validation_files(config.validation)),
-        num_rows=sum(part["num_rows"] for part in about.values()),
-        num_tokens=sum(part["num_tokens"] for part in about.values()),
-        options=direction_identity(config, positions) | options,
-        health=health,
-        central_step=step,
-    )
-
-
-def validation_fingerprint(validation: list[str]) -> str | dict[str, str]:
-    """Of the files; by target where targets have names."""
-    found = {target: data_fingerprint(files) for target, files in files_by_target(validation).items()}
-    return found.get(UNNAMED, found)
+    report_refused("validation", mean.num_rows, refused)
+    return _Gradients(config, halves, mean, refused)
 
 
 def _rows_in(batch: Batch) -> int:
@@ -244,10 +237,7 @@ def _adam_scale(
     """The AdamW preconditioner from a short run over training data; empty without one."""
     if config.preconditioner == "none":
         return {}
-    files = config.preconditioner_data or getattr(config, "data", [])
-    if not files:
-        raise UserError(NO_TRAINING_ROWS)
-    units = plan_units(files)
+    units = plan_units(preconditioner_files(config))
     if weigh is None and is_pair_data("auto", units, config.columns):  # --preconditioner-data of `direction`
         weigh = PairWeights(scoring, load_reference(config, scoring), config.beta)
     rows = good_rows(units, (encoder if weigh is None else PairEncoder(encoder)).encode, [])
@@ -259,27 +249,3 @@ def _adam_scale(
         batches.append(batch_of(part))
     moved = (batch.to(scoring.device) for batch in batches)
     return directions.adam_scale(directions.second_moments(scoring, moved, parameters, weigh))
-
-
-def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) -> dict:
-    """The settings that a direction depends on, as JSON."""
-    names: tuple[str, ...] = ("normalization", "class_weights", "preconditioner", "columns", "max_length", "too_long")
-    names += ("special_tokens_in_text",)
-    settings = {name: getattr(config, name) for name in names} | {"positions": positions}
-    if config.validation_objective == "dpo":
-        settings |= {name: getattr(config, name) for name in ("validation_objective", "beta", "reference_model")}
-    if config.preconditioner != "none":
-        more = ("preconditioner_data", "preconditioner_batches", "preconditioner_rows")
-        settings |= {name: getattr(config, name) for name in more}
-    return settings
-
-
-def report_refused(what: str, used: int, refused: list[str]) -> None:
-    """Say which rows of a small input were left out; they appear in no quarantine table."""
-    if refused:
-        logger.warning("%d %s rows used, %d left out %s", used, what, len(refused), reasons(refused))
-
-
-def reasons(refused: list[str]) -> str:
-    """The first few, in brackets; nothing where no row was refused."""
-    return f"({'; '.join(refused[:MAX_REASONS])})" if refused else ""

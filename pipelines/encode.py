@@ -21,6 +21,7 @@ from alphatoken.pair_encode import EncodedPair, PairEncoder
 from alphatoken.prompts import PromptReader
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
+from pipelines.refused import Refused
 
 ROWS_PER_TABLE = 8  # what a block can be larger than it was meant to be
 # What the rest of the pipeline needs to know of a row beside its tokens; gone in the output.
@@ -151,8 +152,10 @@ def row_name(row: SourceRow, column: str = "id") -> str:
     return f"{row.source.rsplit('/', 1)[-1]}:{row.position}" if own in (None, "") else str(_as_text(own))
 
 
-def good_rows(units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[str]) -> Iterator[tuple[int, Any]]:
-    """(row id, what `encode` makes of it) of the usable rows; the others' places and reasons are added to `refused`."""
+def good_rows(
+    units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[Refused]
+) -> Iterator[tuple[int, Any]]:
+    """(row id, what `encode` makes of it) of the usable rows; the others are added to `refused`."""
     for unit in units:
         for row in read_unit(unit):
             try:
@@ -160,7 +163,7 @@ def good_rows(units: list[ReadUnit], encode: Callable[[dict], Any], refused: lis
                     raise BadRowError(row.error)
                 yield row.row_id, encode(row.data)
             except BadRowError as error:
-                refused.append(f"{row.source}, row {row.position}: {error}")
+                refused.append(Refused(row.row_id, row_name(row), row.source, row.position, str(error)))
 
 
 def unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:

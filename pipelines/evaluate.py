@@ -25,8 +25,8 @@ from alphatoken.model import fingerprint, load_model
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction import MAX_REASONS, report_refused
 from pipelines.progress import Phase, Tally, following, tick_of
+from pipelines.refused import MAX_REASONS, report_refused
 from pipelines.suites import as_number, check_installed, run_suites, suite_measures
 
 logger = logging.getLogger(__name__)

@@ -193,7 +193,7 @@ def read_prompts(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Prom
         for row in rows:
             if plan.config.limit is not None and row.position >= plan.config.limit:
                 break
-            records.append(_request(row, reader))
+            records.append(prompt_request(row, reader))
             if len(records) == PROMPTS_PER_TABLE:
                 yield pa.Table.from_pylist(records, schema=REQUESTS)
                 records = []
@@ -201,7 +201,8 @@ def read_prompts(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Prom
             yield pa.Table.from_pylist(records, schema=REQUESTS)
 
 
-def _request(row: SourceRow, reader: PromptReader) -> dict[str, Any]:
+def prompt_request(row: SourceRow, reader: PromptReader) -> dict[str, Any]:
+    """One of REQUESTS, still without its seed; with the reason where the row has no prompt that can be used."""
     carried: dict[str, Any] = {"id": row_name(row), "source": row.source, "position": row.position}
     reason, ids = row.error or "", []
     if row.data is not None:
@@ -225,7 +226,9 @@ def one_per_sample(prompts: pa.Table, samples: int, seed: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REQUESTS)
 
 
-def write_responses(block: pa.Table, output: str, samples: int, model: str) -> dict[str, list]:
+def write_responses(
+    block: pa.Table, output: str, samples: int, model: str, stage: str = "generate"
+) -> dict[str, list]:
     """Write one shard and its commit record; returns its counts as one row."""
     if not block.num_rows:
         return {}
@@ -261,5 +264,5 @@ def write_responses(block: pa.Table, output: str, samples: int, model: str) -> d
     }
     data = pa.Table.from_pylist(responses, schema=schema.RESPONSES)
     RunFolder(output).write_shard(data, pa.Table.from_pylist(refused, schema=schema.QUARANTINE), record)
-    metrics.count_shard("generate", record)
+    metrics.count_shard(stage, record)
     return {name: [value] for name, value in counts.items()}

@@ -19,9 +19,10 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
-from pipelines.direction import class_weight_table, reasons, report_refused
+from pipelines.direction import class_weight_table
 from pipelines.encode import EncodePlan, good_rows, make_encoder
 from pipelines.encode_folder import encode_folder
+from pipelines.refused import Refused, reasons, report_refused
 
 FILES_LENGTH = 2048  # of rows from files, where no --max-length is given
 BATCH_TOKENS = 4096  # of a validation batch
@@ -83,7 +84,7 @@ def encode_data(config: TrainConfig, output: str) -> dict:
 def validation_batches(config: TrainConfig, device: torch.device, part: int = 0, parts: int = 1) -> list[Batch]:
     """Every parts-th validation row from `part` on, in batches; all rows where there are fewer than parts."""
     encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
-    refused: list[str] = []
+    refused: list[Refused] = []
     rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder.encode, refused)]
     if not rows:
         raise UserError(f"no validation row can be used, so there is no direction {reasons(refused)}")

@@ -15,7 +15,7 @@ Where every row seems to kill, and none could be computed, it is not the rows: t
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,7 @@ class Attempt:
         self.row_ids = table["row_id"].to_numpy()
         self.deaths: list[dict] = []  # notes of the processes that died
         self.passed = False  # whether some row of the block was ever computed
+        self.deadly: dict[int, str] = {}  # {row index: reason} of rows that are put aside
         if not table.num_rows:
             return
         self.uri = storage.join(output, "attempts", f"{int(self.row_ids.min()):015d}.json")
@@ -60,23 +61,30 @@ class Attempt:
         """`compute` on the rows, in one call if no process died on them. Rows that killed come last, without values."""
         if not self.table.num_rows:
             return compute(self.table)
-        deadly = self._deadly_rows()
         failures: dict[int, str] = {}
         tables, computed, done = [], 0, 0
-        for doing, indices in self._groups(deadly):
-            self._note(doing, indices)
+        for indices in self.parts():
             table, failed, positions = compute(self.table.take(indices))
             failures |= {done + index: reason for index, reason in failed.items()}
             tables.append(table)
             done += len(indices)
             computed += positions
+        if self.deadly:
+            tables.append(self.table.take(list(self.deadly)))
+            failures |= dict(enumerate(self.deadly.values(), start=done))
+        return pa.concat_tables(tables, promote_options="default"), failures, computed
+
+    def parts(self) -> Iterator[list[int]]:
+        """Row indices that are to be computed together: each is noted when it is asked for, and done with when the
+        next one is. Rows in `deadly` are in none. UserError where the deaths are not the rows' own.
+        """
+        self.deadly = self._deadly_rows()
+        for doing, indices in self._groups(self.deadly):
+            self._note(doing, indices)
+            yield indices
             self.passed = True
         if self.deaths:
             self._note(AFTER, [])
-        if deadly:
-            tables.append(self.table.take(list(deadly)))
-            failures |= dict(enumerate(deadly.values(), start=done))
-        return pa.concat_tables(tables, promote_options="default"), failures, computed
 
     def end(self) -> None:
         """The block is committed."""

@@ -34,15 +34,10 @@ from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_unit
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
-from pipelines.cluster import actor_pool, connect, prepare_worker, torch_threads, user_errors
-from pipelines.direction import (
-    check_validation,
-    direction_identity,
-    load_reference,
-    make_direction,
-    validation_fingerprint,
-)
+from pipelines.cluster import MANY_DEATHS, actor_pool, connect, prepare_worker, torch_threads, user_errors
+from pipelines.direction import check_validation, load_reference, make_direction
 from pipelines.direction_checks import tell
+from pipelines.direction_identity import direction_identity, validation_fingerprint
 from pipelines.encode import EncodePlan, encoded_dataset
 from pipelines.poison import Attempt
 from pipelines.progress import Phase, Tally, get_all, tick_of
@@ -134,7 +129,7 @@ def _prepare(
     """Identify the checkpoint, open the output folder for this run and make the direction if none was given."""
     resources = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
     counter = Tally.remote() if progress else None
-    task = _prepare_task.options(**resources)
+    task = _prepare_task.options(**resources, max_retries=MANY_DEATHS)
     return get_all([task.remote(config, parameters, pairs, folder.uri, torch_threads(), counter)], counter, progress)[0]
 
 

@@ -20,9 +20,8 @@ from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.encode import good_rows, make_encoder
 from pipelines.live_values import check_live, data_options, encode_data
+from pipelines.refused import Refused, reasons, report_refused
 from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, REFERENCE_TOKENS, SFT_COLUMNS
-
-SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
@@ -229,15 +228,14 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     if not config.evaluation or plan.evaluation_shards is not None:
         return plan.evaluation_shards or []
     encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
-    refused: list[str] = []
+    refused: list[Refused] = []
     records = [
         {"input_ids": row.input_ids, "response_mask": row.response_mask}
         for _, row in good_rows(plan_units(config.evaluation), encoder.encode, refused)
     ]
     if not records:
-        raise UserError(f"--evaluation: no row can be used: {'; '.join(refused[:SHOWN]) or 'the files are empty'}")
-    if refused:
-        logger.warning("%d held-out rows cannot be used: %s", len(refused), "; ".join(refused[:SHOWN]))
+        raise UserError(f"--evaluation: no row can be used: {reasons(refused) or 'the files are empty'}")
+    report_refused("held-out", len(records), refused)
     fields = [schema.ENCODED.field(name) for name in ("input_ids", "response_mask")]
     storage.write_table(pa.Table.from_pylist(records, schema=pa.schema(fields)), uri)
     return [uri]

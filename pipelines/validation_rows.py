@@ -1,7 +1,8 @@
-"""Validation rows, or held-out pairs, as batches."""
+"""Validation rows, or held-out pairs, in blocks and batches."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -12,23 +13,37 @@ from alphatoken.pair_direction import pair_batch
 from alphatoken.pair_encode import EncodedPair, PairEncoder
 from alphatoken.sources import plan_units
 from pipelines.encode import good_rows
+from pipelines.kept_sum import Block
+from pipelines.refused import Refused
 
 ROWS_IN_MEMORY = 256  # sorted by length at a time
 
 
-def validation_batches(
-    config: ScoreConfig | DirectionConfig, encoder: Encoder, refused: list[str], half: int, device: torch.device
-) -> Iterator[Batch]:
+def validation_blocks(
+    config: ScoreConfig | DirectionConfig, encoder: Encoder, refused: list[Refused], half: int
+) -> Iterator[Block]:
     """Every second usable row, from row `half` on. Those that cannot be used are added to `refused` by half 0."""
     pairs = config.validation_objective == "dpo"
     encode = (PairEncoder(encoder) if pairs else encoder).encode
     rows = islice(good_rows(plan_units(config.validation), encode, [] if half else refused), half, None, 2)
-    while part := [encoded for _, encoded in islice(rows, ROWS_IN_MEMORY)]:
-        if config.normalization == "sequence":
-            groups: Iterable[list[int]] = ([i] for i in range(len(part)))
-        else:
-            groups = plan_batches([computed(encoded) for encoded in part], config.batch_tokens)
-        yield from (batch_of([part[i] for i in group]).to(device) for group in groups)
+    while block := list(islice(rows, ROWS_IN_MEMORY)):
+        yield block
+
+
+def batches_of(config: ScoreConfig | DirectionConfig, rows: list[Any], device: torch.device) -> Iterator[Batch]:
+    """Encoded rows, or encoded pairs, in batches of similar length; one by one where each counts by itself."""
+    if config.normalization == "sequence":
+        groups: Iterable[list[int]] = ([i] for i in range(len(rows)))
+    else:
+        groups = plan_batches([computed(encoded) for encoded in rows], config.batch_tokens)
+    yield from (batch_of([rows[i] for i in group]).to(device) for group in groups)
+
+
+def tokens_of(encoded: Encoded | EncodedPair) -> list[int]:
+    """All tokens of an example."""
+    if isinstance(encoded, EncodedPair):
+        return encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids
+    return encoded.input_ids
 
 
 def computed(encoded: Encoded | EncodedPair) -> int:

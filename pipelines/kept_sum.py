@@ -1,0 +1,104 @@
+"""Gradient sums that outlive the process that adds them up: of directions and Fisher diagonals.
+
+    OUT.parts/run.json                     what is summed; OUT.parts of another run is refused
+    OUT.parts/sums/<number>.safetensors    a sum so far, and how many blocks of examples are in it
+    OUT.parts/attempts/                    what is being computed: pipelines/poison.py
+
+Blocks come in the same order again, and those that are in the sum are passed over. The folder goes when OUT is there.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from alphatoken import storage, tensor_file
+from alphatoken.direction import GradientSum
+from alphatoken.run_folder import RunFolder
+from pipelines.poison import Attempt
+from pipelines.progress import Tick
+
+logger = logging.getLogger(__name__)
+
+SAVE_SECONDS = 60.0  # about what is lost at most, beside the block that was being computed
+
+Block = list[tuple[int, Any]]  # (row id, example)
+Add = Callable[[list[Any], GradientSum], GradientSum]  # examples, and the sum so far, which it may take over
+
+
+def open_parts(output: str, identity: dict, overwrite: bool) -> RunFolder:
+    """The folder for the parts of `output`; those of the same run are used whatever `overwrite` says. UserError where
+    another run's are there.
+    """
+    folder = RunFolder(f"{output}.parts")
+    folder.open(identity, overwrite and not folder.is_of(identity))
+    return folder
+
+
+class KeptSums:
+    """The sums of one run. number: which of them, by 15 digits in its file's name."""
+
+    def __init__(self, folder: RunFolder, batch_tokens: int, device: torch.device) -> None:
+        """batch_tokens: how many are tried together after a death."""
+        self.folder, self.batch_tokens, self.device = folder, batch_tokens, device
+        self.saved = time.monotonic()
+
+    def over(
+        self,
+        number: int,
+        blocks: Iterable[Block],
+        add: Add,
+        tokens_of: Callable[[Any], list[int]],
+        tick: Tick,
+        what: str,
+    ) -> tuple[GradientSum, dict[int, str]]:
+        """(the sum over all examples of `blocks` that no process dies on, {row id: reason} of the others).
+
+        tick: told, as `what`, how many were added before.
+        """
+        total, done, deadly = self._load(number)
+        if done:
+            logger.info("resuming: %d rows were already added up", total.num_rows)
+            tick(what, total.num_rows)
+        for block in islice(blocks, done, None):
+            total, killed = self._add_block(block, total, add, tokens_of)
+            deadly |= killed
+            done += 1
+            if time.monotonic() - self.saved > SAVE_SECONDS:
+                self._save(number, total, done, deadly)
+        return total, deadly
+
+    def _add_block(
+        self, block: Block, total: GradientSum, add: Add, tokens_of: Callable[[Any], list[int]]
+    ) -> tuple[GradientSum, dict[int, str]]:
+        examples = dict(block)
+        tokens = [tokens_of(example) for example in examples.values()]
+        ids = pa.array(tokens, pa.list_(pa.int64()))
+        attempt = Attempt(self.folder.uri, pa.table({"row_id": list(examples), "input_ids": ids}), self.batch_tokens)
+        row_ids = list(examples)
+        for indices in attempt.parts():
+            total = add([examples[row_ids[index]] for index in indices], total)
+        attempt.end()
+        return total, {row_ids[index]: reason for index, reason in attempt.deadly.items()}
+
+    def _load(self, number: int) -> tuple[GradientSum, int, dict[int, str]]:
+        """(sum, blocks in it, deadly rows met)."""
+        uri = self.folder.sum_uri(number)
+        if not storage.exists(uri):
+            return GradientSum({}, 0, 0, 0.0), 0, {}
+        found = tensor_file.load(uri, "sum")
+        tensors = {name: tensor.to(self.device) for name, tensor in found.group("sum").items()}
+        about = found.provenance
+        total = GradientSum(tensors, about.num_rows, about.num_tokens, about.options["weight"])
+        return total, about.options["blocks"], {int(row): why for row, why in about.options["deadly"].items()}
+
+    def _save(self, number: int, total: GradientSum, done: int, deadly: dict[int, str]) -> None:
+        options = {"weight": total.weight, "blocks": done, "deadly": deadly}
+        about = tensor_file.Provenance("sum", "", "", "", total.num_rows, total.num_tokens, options)
+        tensors = {f"sum/{name}": tensor.cpu() for name, tensor in total.tensors.items()}
+        tensor_file.save(self.folder.sum_uri(number), tensor_file.TensorFile(about, tensors))
+        self.saved = time.monotonic()
