@@ -132,6 +132,7 @@ datasets:
 
 LLAMA_FACTORY_SNIPPET = """
 tokenized_path: {folder}/dataset
+dataset: masked  # some name has to be there; nothing is read under it
 stage: {stage}
 """
 
