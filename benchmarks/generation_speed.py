@@ -37,8 +37,9 @@ def plain(config: GenerateConfig) -> int:
     from vllm import LLM, SamplingParams
 
     from alphatoken.sources import plan_units, read_unit
-    from pipelines.engines import sample_seed, vllm_config, vllm_request
+    from pipelines.engines import sample_seed
     from pipelines.generate import check_generate, engine_plan
+    from pipelines.vllm_engine import vllm_config, vllm_request
 
     units = plan_units(config.prompts)
     prompts = check_generate(config, units)

@@ -17,8 +17,7 @@ from alphatoken.errors import UserError
 
 LOCAL_CPUS = 4  # logical: Ray Data needs a few slots for its stages to overlap, also on a small machine
 
-MOST_DEATHS = 5  # of processes at the same work, until a stage that cannot find the row ends
-MANY_DEATHS = 100  # of a task that can: notes lead the next process to the row (pipelines/poison.py)
+MANY_DEATHS = 100  # of processes at the same work: notes lead the next one to the row (pipelines/poison.py)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 

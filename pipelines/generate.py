@@ -92,9 +92,10 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
             return folder.manifest()
         _generate_units(units, plan, folder, model, progress)
     counts = total_counts(folder, "no response could be generated")
+    workers = metrics.time_per_worker(folder.commits())
     manifest = manifests.build_manifest(
         "generate", config.model_dump(mode="json"), counts, fingerprints, time.monotonic() - started,
-        extra={"engine": engine, "context": plan.context, "chat_template": plan.chat_template},
+        extra={"engine": engine, "context": plan.context, "chat_template": plan.chat_template, "workers": workers},
     )  # fmt: skip
     folder.finish(manifest, manifests.data_card("generate", manifest, schema.RESPONSES))
     return manifest
@@ -261,6 +262,8 @@ def write_responses(
         "row_ids": row_id_runs(prompts),
         "counts": counts,
         "reasons": dict(Counter(row["reason"] for row in refused)),
+        "worker": next((row["worker"] for row in rows if row["worker"]), "none"),  # a shard is answered by one replica
+        "seconds": round(sum(row["seconds"] or 0.0 for row in rows), 4),
     }
     data = pa.Table.from_pylist(responses, schema=schema.RESPONSES)
     RunFolder(output).write_shard(data, pa.Table.from_pylist(refused, schema=schema.QUARANTINE), record)

@@ -197,7 +197,9 @@ def _start_actors(training: Training) -> list:
     threads = torch_threads(sharing, config.cpus_per_actor)
     count = config.num_actors
     actors = [
-        cast(Any, WindowScorer).options(**options).remote(config, training.plan.shards, part, count, threads)
+        cast(Any, WindowScorer)
+        .options(**options)
+        .remote(config, training.plan.shards, part, count, threads, training.output)
         for part in range(count)
     ]
     ray.get([actor.ready.remote() for actor in actors])  # what is wrong with them is known before training starts
@@ -241,4 +243,3 @@ def _summary(schedule: Schedule, windows: dict[int, dict], stages: dict[str, flo
         "kept_fraction": round(kept / response, 6) if response else 1.0,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-

@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 
 from alphatoken import storage
-from alphatoken.masking import MaskPlan, losses_of
+from alphatoken.masking import MaskedShard, MaskPlan, losses_of
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
 from alphatoken.suspects import Bounds, TokenLosses
@@ -54,7 +54,8 @@ def write_window(
     """Mask a window's scored tables with common thresholds or bounds and write them; returns the summary. A plain
     window's tables are not scored, and nothing of them is masked. validation: losses of validation rows, for bounds.
     """
-    tables: list[pa.Table] = ray.get(scored)
+    found = ray.get(scored)
+    tables: list[pa.Table] = found if schedule.is_plain(window) else [table for table, _ in found]
     folder = window_folder(output, window.start)
     if schedule.is_plain(window):
         masked = [keep_all_pairs(table) for table in tables]
@@ -68,6 +69,7 @@ def write_window(
             plan = replace(plan, bounds=bounds, bounds_and_value=by_value, class_of_token=classes)
         one_threshold = config.rule == "share" and config.scope == "window"
         masked = mask_window(tables, plan, config.drop_sequences, one_threshold, folder)
+        masked = [_with_aside(shard, aside, folder) for shard, (_, aside) in zip(masked, found, strict=True)]
     rows, steps = schedule.rows_of(window)
     counts: dict[str, int] = {}
     oldest = 0
@@ -93,3 +95,11 @@ def write_window(
     reasons = Counter(reason for shard in masked for reason in shard.quarantine["reason"].to_pylist())
     metrics.count_shard(config.stage, {"counts": counts, "reasons": reasons})
     return summary
+
+
+def _with_aside(shard: MaskedShard, aside: pa.Table, folder: str) -> MaskedShard:
+    """The shard, and in its quarantine the rows that could not be scored."""
+    source = pa.array([folder] * aside.num_rows, pa.string())
+    aside = aside.set_column(aside.column_names.index("source"), "source", source)
+    counts = shard.counts | {name: shard.counts[name] + aside.num_rows for name in ("rows_in", "rows_quarantined")}
+    return replace(shard, quarantine=pa.concat_tables([shard.quarantine, aside]), counts=counts)

@@ -4,8 +4,8 @@ The model is loaded once; each window brings it newer weights through Ray's obje
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ import ray
 import torch
 
 from alphatoken import direction as directions
+from alphatoken import schema
 from alphatoken.baselines import Baseline
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, default_device, load_model
@@ -25,10 +26,11 @@ from alphatoken.token_classes import class_of_ids
 from alphatoken.train_config import BY_LOSS
 from alphatoken.value_propagation import ValuePropagation
 from pipelines import metrics
-from pipelines.cluster import prepare_worker
+from pipelines.cluster import MANY_DEATHS, prepare_worker
 from pipelines.encode import ENCODED_AS
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
 from pipelines.pair_generator import PairGenerator
+from pipelines.poison import Attempt, Scored
 from pipelines.shards import num_tokens
 from pipelines.train_data import load_rows
 
@@ -44,14 +46,17 @@ class Snapshot:
     moments: dict[str, torch.Tensor]  # AdamW's second moments (without bias) of the scored ones; may be empty
 
 
-@ray.remote(max_restarts=-1, max_task_retries=3)
+@ray.remote(max_restarts=-1, max_task_retries=MANY_DEATHS)
 class WindowScorer:
     """One of `parts` actors; it holds every parts-th validation row."""
 
-    def __init__(self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int) -> None:
+    def __init__(
+        self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int, output: str
+    ) -> None:
+        """output: the run's folder, where it notes what it is about to compute (pipelines/poison.py)."""
         prepare_worker(threads)
         datasets.disable_progress_bars()
-        self.config = config
+        self.config, self.output = config, output
         self.device = default_device() if config.gpus_per_actor else torch.device("cpu")
         self.scoring = load_model(config.model, config.score_dtype, self.device, config.trust_remote_code)
         self.options = gradient_options(config, self.device)
@@ -100,20 +105,29 @@ class WindowScorer:
         direction: directions.Tensors | None,
         drift: directions.Tensors | None,
         table: pa.Table,
-    ) -> pa.Table:
-        """What `read` gave, with the columns of SCORED or SCORED_PAIRS. Without a direction losses stand for values."""
+    ) -> tuple[pa.Table, pa.Table]:
+        """(what `read` gave, with the columns of SCORED or SCORED_PAIRS; QUARANTINE of the rows that have no values).
+
+        Without a direction losses stand for values.
+        """
         started = time.monotonic()
         self._load(snapshot)
         estimator = self._estimator(direction, drift)
-        tokens = self.config.batch_tokens
-        if self.policy_reference is None:
-            scored, failures, _ = score_table(table, estimator, tokens, self.device)
-        else:
-            pairs = PairEstimator(estimator, self.scoring, self.policy_reference)
-            scored, failures, _ = score_pair_table(table, pairs, tokens, self.device, self.config.beta)
+        attempt = Attempt(self.output, table, self.config.batch_tokens)
+        scored, failures, _ = attempt.score(lambda part: self._score(part, estimator))
+        attempt.end()
         seconds = time.monotonic() - started
         metrics.count_shard(self.config.stage, {"counts": {"tokens": num_tokens(table)}, "seconds": seconds})
-        return _with_nan(scored, failures) if failures else scored
+        good = np.ones(scored.num_rows, dtype=bool)
+        good[list(failures)] = False
+        return scored.filter(pa.array(good)), _put_aside(scored, failures)
+
+    def _score(self, table: pa.Table, estimator: Any) -> Scored:
+        tokens = self.config.batch_tokens
+        if self.policy_reference is None:
+            return score_table(table, estimator, tokens, self.device)
+        pairs = PairEstimator(estimator, self.scoring, self.policy_reference)
+        return score_pair_table(table, pairs, tokens, self.device, self.config.beta)
 
     def drift(self, snapshot: Snapshot) -> directions.Tensors | None:
         """F * (W - W_ref) at the snapshot; None without a Fisher."""
@@ -162,8 +176,10 @@ def combine(
     return total, drift
 
 
-def _with_nan(table: pa.Table, rows: Iterable[int]) -> pa.Table:
-    """NaN marks the rows that masking puts aside."""
-    means = table["mean_adaptation"].to_numpy().copy()
-    means[list(rows)] = np.nan
-    return table.set_column(table.column_names.index("mean_adaptation"), "mean_adaptation", pa.array(means))
+def _put_aside(table: pa.Table, failures: dict[int, str]) -> pa.Table:
+    """QUARANTINE of the failed rows; where they come from, `write_window` says."""
+    rows = [
+        {"row_id": table["row_id"][i].as_py(), "id": table["id"][i].as_py(), "position": i, "reason": reason}
+        for i, reason in sorted(failures.items())
+    ]
+    return pa.Table.from_pylist([row | {"source": "", "stage": "score"} for row in rows], schema=schema.QUARANTINE)

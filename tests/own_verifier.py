@@ -1,7 +1,16 @@
 """A verifier as a user might write it, for tests/test_preference_pipeline.py."""
 
+import os
+import signal
+
 
 def shortest(response: str, answer: str) -> float:
     if "boom" in answer:
         raise ValueError("no such unit")
+    return -float(len(response))
+
+
+def deadly(response: str, answer: str) -> float:
+    if "boom" in answer:
+        os.kill(os.getpid(), signal.SIGKILL)
     return -float(len(response))

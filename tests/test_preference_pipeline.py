@@ -23,6 +23,7 @@ from pipelines.dry_run import dry_run
 from pipelines.generate import run_generate
 from pipelines.mask import run_mask
 from pipelines.pair import run_pair
+from pipelines.poison import DIED
 from pipelines.score import run_score
 from pipelines.train import run_train
 
@@ -122,6 +123,15 @@ def test_own_verifier_that_raises_sets_its_prompt_aside(generated, tmp_path, mon
         assert row["chosen_score"] > row["rejected_score"] and len(row["chosen"]) < len(row["rejected"])
     ids = [row["id"] for row in rows]
     assert len({row["row_id"] for row in rows}) == len(ids)  # ids of the data may repeat, row ids do not
+
+
+@pytest.mark.full
+def test_own_verifier_that_kills_its_process_sets_its_prompt_aside(generated, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    manifest, _ = pair(generated[0].output, tmp_path / "pairs", verifier="own_verifier:deadly")
+    reasons = manifest["counts"]["quarantine_reasons"]
+    assert [count for reason, count in reasons.items() if reason.startswith(DIED)] == [1]
+    assert manifest["counts"]["rows_out"] + sum(reasons.values()) == manifest["counts"]["prompts"]
 
 
 def test_reference_judge_takes_the_answer_with_its_end_of_turn(generated, tmp_path):

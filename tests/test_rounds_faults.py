@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
 from alphatoken import storage
+from pipelines.poison import DIED
 from pipelines.rounds import run_rounds
 from pipelines.window_files import window_folder
+from tests.faults.deadly import DEADLY_SAMPLE, DeadlyWindowScorer
 from tests.rounds_runs import config_of, losses_of, make_inputs, use_one_thread, windows_of
 from tests.test_train_pipeline import wait_until_gone, workers_of
 
@@ -72,6 +75,21 @@ def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, 
     for (first, a), (then, b) in zip(windows_of(undisturbed.output), windows_of(config.output), strict=True):
         assert first["weights_step"] == then["weights_step"]
         assert a["labels"].to_pylist() == b["labels"].to_pylist()
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_row_that_kills_the_scoring_actor_is_put_aside(local_ray, tmp_path, inputs):
+    config = config_of(inputs, tmp_path / "out", max_steps=8)
+    with mock.patch("pipelines.rounds.WindowScorer", DeadlyWindowScorer):
+        manifest = run_rounds(config)
+    assert manifest["counts"]["steps"] == 8
+    tables = {Path(path).name: storage.read_table(str(path)) for path in Path(config.output).rglob("quarantine-*")}
+    [aside] = [row for table in tables.values() for row in table.to_pylist()]
+    assert aside["row_id"] == DEADLY_SAMPLE and aside["reason"].startswith(DIED)
+    for summary, rows in windows_of(config.output):
+        assert DEADLY_SAMPLE not in rows["row_id"].to_pylist() or summary["start"] == 0
+        assert summary["counts"]["rows_in"] == summary["counts"]["rows_out"] + summary["counts"]["rows_quarantined"]
 
 
 @pytest.mark.full

@@ -19,10 +19,7 @@ import torch
 
 from alphatoken import retries, scoring, storage
 from alphatoken.config import ScoreConfig
-from pipelines.engines import TransformersSampler
 from pipelines.score import PairScorer, Scorer
-
-DEADLY_SAMPLE = 13  # a row id of RESPONSES
 
 
 @dataclass(frozen=True)
@@ -102,16 +99,6 @@ class FaultyPairScorer(PairScorer):
     def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
         start(output)
         super().__init__(config, direction_path, output, threads)
-
-
-class DeadlySampler(TransformersSampler):
-    """The process that answers DEADLY_SAMPLE dies."""
-
-    def _fill(self, rows: list[dict]) -> None:
-        if any(row["row_id"] == DEADLY_SAMPLE for row in rows):
-            os.kill(os.getpid(), signal.SIGKILL)
-            signal.pause()
-        super()._fill(rows)
 
 
 def tell(output: str, faults: Faults | None) -> None:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from unittest import mock
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,20 +12,10 @@ from alphatoken.config import EMBEDDED_MODEL, embedded_data
 from alphatoken.generate_config import GenerateConfig
 from pipelines.generate import run_generate
 from pipelines.poison import DIED
-from tests.faults.injection import DEADLY_SAMPLE, DeadlySampler
+from tests.faults.deadly import DEADLY_SAMPLE, DeadlyEngine, DeadlySampler, vllm_engines
 
 PROMPTS, SAMPLES = 48, 4
 pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
-
-
-def engines() -> list[psutil.Process]:
-    """The processes in which vLLM computes, of this run."""
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = [process.info["name"] or "", *(process.info["cmdline"] or [])]
-        if any("EngineCore" in word for word in words):
-            found.append(process)
-    return found
 
 
 class EngineKiller:
@@ -37,7 +26,7 @@ class EngineKiller:
 
     def __call__(self, counts: dict) -> None:
         if not self.killed:
-            for process in engines():
+            for process in vllm_engines():
                 process.kill()
                 self.killed.add(process.pid)
 
@@ -66,8 +55,27 @@ def test_a_prompt_that_kills_is_put_aside_and_the_others_are_answered_as_ever(ti
     assert aside["row_id"] == DEADLY_SAMPLE and aside["reason"].startswith(DIED)
 
 
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@needs_vllm
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_prompt_that_kills_every_vllm_engine_is_put_aside(tmp_path):
+    config = GenerateConfig(
+        model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(tmp_path / "responses"),
+        limit=12, samples=2, max_new_tokens=8, engine="vllm", max_length=256, shard_rows=8, batch_tokens=256,
+    )  # fmt: skip
+    with mock.patch("pipelines.vllm_engine.NotedEngine", DeadlyEngine):
+        manifest = run_generate(config)
+    assert (manifest["counts"]["rows_out"], manifest["counts"]["rows_quarantined"]) == (23, 1)
+    [aside] = rows_of(config, "quarantine")
+    assert aside["row_id"] == DEADLY_SAMPLE and aside["reason"].startswith(DIED)
+    assert sorted(row["row_id"] for row in rows_of(config)) == [i for i in range(24) if i != DEADLY_SAMPLE]
+    assert sum(worker["rows"] for worker in manifest["workers"]) == 24
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
 def test_an_engine_that_dies_loses_no_sample(tmp_path):
     config = GenerateConfig(
         model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(tmp_path / "responses"),
