@@ -7,14 +7,17 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
+from typing import BinaryIO
 
+import fsspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alphatoken.errors import UserError
+from alphatoken.retries import retried
 from alphatoken.run_folder import differences, different_run
-from alphatoken.storage import filesystem
+from alphatoken.storage import exists, filesystem
 
 PROVENANCE_KEY = "alphatoken"
 
@@ -69,11 +72,15 @@ def save(path: str, contents: TensorFile) -> None:
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "tensors")
         save_file({key: value.contiguous() for key, value in contents.tensors.items()}, local, metadata=metadata)
-        parent = target.rpartition("/")[0]
-        if parent:
-            fs.makedirs(parent, exist_ok=True)
-        fs.put_file(local, target + ".tmp")
-        fs.mv(target + ".tmp", target)
+        retried(lambda: _put(fs, local, target), path)
+
+
+def _put(fs: fsspec.AbstractFileSystem, local: str, target: str) -> None:
+    parent = target.rpartition("/")[0]
+    if parent:
+        fs.makedirs(parent, exist_ok=True)
+    fs.put_file(local, target + ".tmp")
+    fs.mv(target + ".tmp", target)
 
 
 def load(path: str, kind: str) -> TensorFile:
@@ -82,32 +89,41 @@ def load(path: str, kind: str) -> TensorFile:
     Raises:
         UserError: it is missing, is not safetensors, was not written by us or is of another kind.
     """
-    fs, source = filesystem(path)
-    if not fs.exists(source):
-        raise UserError(f"{path}: no such file; make it with `alphatoken {kind}`")
+    fs, source = _existing(path, kind)
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "tensors")
-        fs.get_file(source, local)
+        retried(lambda: fs.get_file(source, local), path)
         provenance = _read_provenance(local, path, kind)
         return TensorFile(provenance, load_file(local))
 
 
 def read_provenance(path: str, kind: str) -> Provenance:
     """The provenance alone, without the tensors' bytes in memory. Raises as `load` does."""
-    fs, source = filesystem(path)
-    if not fs.exists(source):
+    fs, source = _existing(path, kind)
+
+    def header() -> bytes:
+        with fs.open(source, "rb") as stream:
+            return _header(stream)
+
+    return _parse_header(retried(header, path), path, kind)
+
+
+def _existing(path: str, kind: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Where the file is. UserError where there is none."""
+    if not exists(path):
         raise UserError(f"{path}: no such file; make it with `alphatoken {kind}`")
-    with fs.open(source, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(size) if 0 < size <= 2**27 else b""
-    return _parse_header(raw, path, kind)
+    return filesystem(path)
 
 
 def _read_provenance(local: str, path: str, kind: str) -> Provenance:
     with open(local, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(size) if 0 < size <= 2**27 else b""
-    return _parse_header(raw, path, kind)
+        return _parse_header(_header(stream), path, kind)
+
+
+def _header(stream: BinaryIO) -> bytes:
+    """Of a safetensors file: its length, then JSON."""
+    size = int.from_bytes(stream.read(8), "little")
+    return stream.read(size) if 0 < size <= 2**27 else b""
 
 
 def _parse_header(raw: bytes, path: str, kind: str) -> Provenance:
@@ -128,8 +144,7 @@ def finished(path: str, kind: str, run: dict, overwrite: bool) -> Provenance | N
     run: fields of Provenance that say which run it is, of `options` some. Raises UserError where something else is
     there.
     """
-    fs, place = filesystem(path)
-    if overwrite or not fs.exists(place):
+    if overwrite or not exists(path):
         return None
     found = read_provenance(path, kind)
     there = {name: getattr(found, name) for name in run}

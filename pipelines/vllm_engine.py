@@ -4,6 +4,8 @@
 """
 
 import asyncio
+import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator
@@ -30,6 +32,9 @@ REQUESTS_PER_BATCH = 64
 CONCURRENT_BATCHES = 16  # together more than an engine runs at once, so it never waits for rows
 BATCHED_TOKENS = 4096  # of a vLLM step on CPUs, where whole prompts go in at once
 STAGE = "vLLMEngineStage"
+WATCH_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 def answered_by_vllm(requests: ray.data.Dataset, plan: EnginePlan, notes: str) -> ray.data.Dataset:
@@ -58,9 +63,11 @@ class NotedEngine(vLLMEngineStageUDF):
         self.notes, self.batch_tokens = notes, batch_tokens
         self.gate = Gate()
         self.counted_until = 0.0  # what of this replica's time is in some answer
+        self.watching: asyncio.Task | None = None
 
     async def udf(self, batch: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         started = time.monotonic()
+        self.watching = self.watching or asyncio.create_task(self._watch())
         attempt = Attempt(self.notes, _table(batch), self.batch_tokens)
         found: list[dict[str, Any]] = []
         async with self.gate.alone() if attempt.deaths else self.gate.shared():
@@ -73,6 +80,15 @@ class NotedEngine(vLLMEngineStageUDF):
         for index, reason in attempt.deadly.items():
             yield {self.IDX_IN_BATCH_COLUMN: batch[index][self.IDX_IN_BATCH_COLUMN], ERROR: reason} | cost
         attempt.end()  # a later stage writes the shard, which needs no model and so is not where rows kill
+
+    async def _watch(self) -> None:
+        """Ends the process, as its parent class does, when the engine has died: a request that came in at that moment
+        would wait for ever.
+        """
+        while not self.llm.engine.errored:
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.error("the vLLM engine has died: the replica starts again")
+        os._exit(1)
 
     def _cost(self, started: float, rows: int) -> dict[str, Any]:
         """Batches overlap: no second counts twice."""

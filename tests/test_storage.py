@@ -6,9 +6,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from alphatoken import retries, storage
+from alphatoken import retries, storage, tensor_file
 from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder, row_id_runs
 
@@ -190,6 +191,10 @@ def test_everything_works_on_storage_that_fails_now_and_then(flaky):
     assert storage.exists(storage.join(root, "a.json")) and not storage.exists(storage.join(root, "b.json"))
     storage.remove_file(storage.join(root, "a.json"))
     assert not storage.exists(storage.join(root, "a.json"))
+    about = tensor_file.Provenance("direction", "m", "all-linear", "d", 1, 2)
+    tensors = tensor_file.TensorFile(about, {"direction/w": torch.ones(2)})
+    tensor_file.save(storage.join(root, "g.safetensors"), tensors)
+    assert tensor_file.load(storage.join(root, "g.safetensors"), "direction").provenance == about
     storage.remove_tree(root)
     assert not storage.exists(root)
     assert flaky.waits and set(flaky.waits) <= {1, 2, 3}

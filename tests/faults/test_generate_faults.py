@@ -63,7 +63,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def test_a_prompt_that_kills_every_vllm_engine_is_put_aside(tmp_path):
     config = GenerateConfig(
         model=EMBEDDED_MODEL, prompts=[str(embedded_data() / "sums_prompts.jsonl")], output=str(tmp_path / "responses"),
-        limit=12, samples=2, max_new_tokens=8, engine="vllm", max_length=256, shard_rows=8, batch_tokens=256,
+        limit=12, samples=2, max_new_tokens=64, engine="vllm", max_length=256, shard_rows=8, batch_tokens=256,
     )  # fmt: skip
     with mock.patch("pipelines.vllm_engine.NotedEngine", DeadlyEngine):
         manifest = run_generate(config)
