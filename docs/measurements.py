@@ -47,6 +47,15 @@ def _speed(results: dict[str, Any]) -> Rows:
     return rows
 
 
+def _padding(results: dict[str, Any]) -> Rows:
+    rows = [["data", "rows", "longest", "`--batch-tokens`", "shard", "padding", "in shards of 1M tokens", "in order"]]
+    for row in results["rows"]:
+        counts = (f"{row[name]:,}" for name in ("rows", "longest", "batch_tokens", "shard_tokens"))
+        shares = (f"{row[name]:.1%}" for name in ("padding", "padding_large_shard", "padding_in_order"))
+        rows.append([row["data"], *counts, *shares])
+    return rows
+
+
 def _in_run_speed(results: dict[str, Any]) -> Rows:
     rows = [[f"batch {results['batch_size']}", "s per step", "x plain SFT"]]
     return rows + [[name, f"{x['total']:.1f}", f"{x['ratio']:.2f}"] for name, x in results["results"].items()]
@@ -103,6 +112,7 @@ def _plan_check(results: dict[str, Any]) -> Rows:
 
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "speed": _speed,
+    "padding": _padding,
     "in_run_speed": _in_run_speed,
     "rounds_speed": _rounds_speed,
     "ray_overhead": _ray_overhead,

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 BYTES_PER_TOKEN = 5  # of an encoded row: int32 id and one byte of mask
 SMALLEST_SHARD, LARGEST_SHARD = 4_096, 1_048_576  # tokens
 SHARDS = 256  # of an input between: every actor has work, and they end at about the same time
+BATCHES, SHARDS_PER_ACTOR = 4, 4  # at least so many batches in a shard, where there are at least so many shards
 BYTES_OF_TEXT = 4  # a token of a text file, about
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {"output", "overwrite", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens", "shard_tokens"}
@@ -219,11 +220,14 @@ def _score_units(
 
 
 def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
-    """About how many tokens a shard has: small inputs get small shards, so that every actor has work."""
+    """About how many tokens a shard has. Within one, rows are sorted by length: a few batches' worth have little
+    padding (benchmarks/padding.py). Small inputs get smaller ones, so that every actor has work.
+    """
     if config.shard_tokens:
         return config.shard_tokens
     tokens = file_bytes(units, "jsonl", "parquet") // BYTES_OF_TEXT
-    return min(max(tokens // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    sorted_well = min(BATCHES * config.batch_tokens, tokens // (SHARDS_PER_ACTOR * config.actor_range[1]))
+    return min(max(tokens // SHARDS, sorted_well, SMALLEST_SHARD), LARGEST_SHARD)
 
 
 def targets_of(config: ScoreConfig, direction_path: str | None) -> list[str]:

@@ -269,9 +269,12 @@ def test_a_pickle_is_refused_unread(tiny_checkpoint, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "tokens"), [(0, SMALLEST_SHARD), (1, SMALLEST_SHARD), (64, 65_536), (4096, LARGEST_SHARD)]
-)
-def test_shards_grow_with_the_input(monkeypatch, tiny_checkpoint, files, tmp_path, megabytes, tokens):
+    ("megabytes", "actors", "tokens"),
+    [(0, 1, SMALLEST_SHARD), (1, 1, 4 * 4096), (1, 8, 2**20 // 4 // 32), (1, 64, SMALLEST_SHARD), (64, 1, 65_536),
+     (4096, 1, LARGEST_SHARD)],
+)  # fmt: skip
+def test_shards_grow_with_the_input(monkeypatch, tiny_checkpoint, files, tmp_path, megabytes, actors, tokens):
     monkeypatch.setattr("pipelines.score.file_bytes", lambda *_: megabytes * 2**20)
-    assert shard_tokens(configuration(tiny_checkpoint, files, tmp_path, shard_tokens=None), []) == tokens
+    config = configuration(tiny_checkpoint, files, tmp_path, shard_tokens=None, num_actors=str(actors))
+    assert shard_tokens(config, []) == tokens
     assert shard_tokens(configuration(tiny_checkpoint, files, tmp_path, shard_tokens=77), []) == 77
