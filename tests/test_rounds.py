@@ -102,12 +102,13 @@ def write_easy_rows(path: Path, inputs: dict) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["suspect", pytest.param("surprising", marks=pytest.mark.full)])
-def test_suspect_tokens_and_rows_are_left_out(local_ray, tmp_path, inputs, rule):
+def test_suspect_tokens_and_rows_are_left_out(local_ray, tmp_path, inputs, rule, caplog):
     """The first window's masks are those of the library at the weights that plain steps led to."""
     shared = {"preconditioner": "none", "optimizer": "sgd", "plain_steps": 2, "dtype": "float32", "save_steps": 2}
     own = inputs | {"validation": [write_easy_rows(tmp_path / "validation.jsonl", inputs)]}
     config = config_of(own, tmp_path / "out", **shared, rule=rule, max_steps=4, refresh_every=2)
     manifest = run_rounds(config)
+    assert "only 5 validation rows: in trial runs" in caplog.text
     scoring = load_model(weights_at(config.output, 2), "float32")
     validation = validation_batches(config, torch.device("cpu"))
     class_of = torch.from_numpy(class_of_ids(config.model))
@@ -168,7 +169,7 @@ def test_what_does_not_fit_is_refused():
 def test_without_a_rule_every_token_is_trained_on(local_ray, tmp_path, inputs, caplog):
     config = config_of(inputs, tmp_path / "out", rule="none", max_steps=4)
     manifest = run_rounds(config)
-    assert "every token is trained on" in caplog.text
+    assert "every token is trained on" in caplog.text and "validation rows" not in caplog.text
     assert manifest["counts"]["steps"] == 4 and manifest["rounds"]["windows"] == 0
 
 

@@ -11,6 +11,7 @@ from benchmarks.evidence.stats import gap_closed, mean_interval, paired
 
 FULL, ORACLE = "full", "oracle"
 ADDED = " + validation rows"
+DEFAULT = "suspect tokens in excess and rows"
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,20 @@ def summary(results: Results, fewest: int = 1) -> str:
     return table(["held-out loss minus full SFT (gap closed)", *names, "CPU s train + score"], rows)
 
 
+def number_of_rows(results: Results) -> str:
+    """The default rule by how many validation rows it may use."""
+    rows = []
+    for count, rule in ((6, f"{DEFAULT}, 6 validation rows"), (12, f"{DEFAULT}, 12 validation rows"), (24, DEFAULT)):
+        cells = []
+        for name in ("tokens", "mixed"):
+            differences = paired(results.losses(name, rule), results.losses(name, FULL))
+            cells += [difference(differences), share_closed(results, name, rule), wins(differences)]
+        rows.append([str(count), *cells])
+    about = ("minus full SFT", "gap closed", "better in")
+    columns = [f"{name}: {what}" for name in ("tokens", "mixed") for what in about]
+    return table(["validation rows", *columns], rows)
+
+
 def share_closed(results: Results, name: str, rule: str) -> str:
     """Share of the oracle's gap over the seeds that all three have."""
     found = [results.losses(name, key) for key in (rule, FULL, ORACLE)]
@@ -258,7 +273,7 @@ def fill(text: str, blocks: dict[str, str]) -> str:
 
 def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
     """The tables that docs/results/README.md shows."""
-    blocks = {"summary": summary(results), "detection": detection(folder)}
+    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results)}
     for name in results.runs:
         blocks[f"validation rows, {name}"] = validation_rows(results, name)
         blocks[f"equal compute, {name}"] = equal_compute(results, name)
