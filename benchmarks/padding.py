@@ -1,6 +1,6 @@
 """Share of computed positions that are padding, on real rows: rows of similar length together, within a shard.
 
-    python -m benchmarks.padding --data gsm8k=gsm8k/train.jsonl.gz code=gpteacher_codegen/train.jsonl.gz [--json FILE]
+    python benchmarks/padding.py --data gsm8k=gsm8k/train.jsonl.gz code=gpteacher_codegen/train.jsonl.gz [--json FILE]
 
 Beside batches of rows as they come, as many as fit the same budget. No model runs.
 """
@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from common import DATA_HELP, embedded_file, print_table, write_result
 
 from alphatoken.batching import plan_batches
 from alphatoken.config import EMBEDDED_MODEL, DataOptions, ScoreConfig
 from alphatoken.errors import BadRowError
 from alphatoken.sources import plan_units, read_unit
-from benchmarks.common import DATA_HELP, embedded_file, print_table, write_result
 from pipelines.encode import make_encoder
 from pipelines.score import LARGEST_SHARD, shard_tokens
 
