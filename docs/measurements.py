@@ -12,7 +12,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PLACE = re.compile(r"<!-- measured: (\w+) -->")
+PLACE = re.compile(r"<!-- measured: ([\w-]+) -->")  # NAME, or NAME-PART
 
 Rows = list[list[str]]
 
@@ -24,19 +24,23 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
     for name in PLACE.findall(source[0]):
-        app.env.note_dependency(str(RESULTS / f"{name}.json"))
+        app.env.note_dependency(str(_file(name)))
     source[0] = PLACE.sub(lambda found: table(found[1]), source[0])
 
 
 def table(name: str) -> str:
-    """The results in NAME.json, as Markdown, with what they were measured on."""
-    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    """The results in NAME.json, or a part of them, as Markdown, with what they were measured on."""
+    results = json.loads(_file(name).read_text(encoding="utf-8"))
     head, *rows = TABLES[name](results)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     machine = results["machine"]
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores ({machine['capability']})"
-    note = f"`docs/results/{name}.json`: {where}, torch {machine['torch']}, {machine['date']}."
+    note = f"`docs/results/{_file(name).name}`: {where}, torch {machine['torch']}, {machine['date']}."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
+
+
+def _file(name: str) -> Path:
+    return RESULTS / f"{name.partition('-')[0]}.json"
 
 
 def _speed(results: dict[str, Any]) -> Rows:
@@ -53,6 +57,57 @@ def _padding(results: dict[str, Any]) -> Rows:
         counts = (f"{row[name]:,}" for name in ("rows", "longest", "batch_tokens", "shard_tokens"))
         shares = (f"{row[name]:.1%}" for name in ("padding", "padding_large_shard", "padding_in_order"))
         rows.append([row["data"], *counts, *shares])
+    return rows
+
+
+def _speed_table(results: dict[str, Any]) -> Rows:
+    rows = [["x forward pass", "measured", "predicted", "tokens/s", "peak memory, x forward pass"]]
+    for case in results["cases"]:
+        where = f"{case['model']}, {case['dtype']}, T = {case['length']}, batch {case['batch_size']}"
+        for name, found in case["methods"].items():
+            ratios = [f"{found['ratio']:.2f}", f"{found['predicted']:.2f}"]
+            speed = f"{found['tokens_per_second']:,.0f}"
+            rows.append([f"{where}: {name}", *ratios, speed, f"{found['peak_ratio']:.1f}"])
+    return rows
+
+
+def _speed_predicted(results: dict[str, Any]) -> Rows:
+    shapes = results["predicted"]
+    methods = next(iter(shapes.values()))
+    rows = [["predicted x forward pass, T = 512", *shapes]]
+    return rows + [[name, *(f"{found[name]:.2f}" for found in shapes.values())] for name in methods]
+
+
+def _growth_length(results: dict[str, Any]) -> Rows:
+    rows = [["one row, float32", "T", "s", "ms per token", "peak MB above the model", "KB per token"]]
+    for found in results["lengths"]:
+        tokens = found["length"]
+        speed = [f"{found['seconds']:.2f}", f"{1e3 * found['seconds'] / tokens:.2f}"]
+        rows.append([found["method"], str(tokens), *speed, f"{found['peak_mb']:,.0f}",
+                     f"{1024 * found['peak_mb'] / tokens:,.0f}"])  # fmt: skip
+    return rows
+
+
+def _growth_validation(results: dict[str, Any]) -> Rows:
+    rows = [["validation rows", "scoring a batch, s", "making the direction, s"]]
+    for found in results["validation"]:
+        seconds = (f"{found['scoring_seconds']:.2f}", f"{found['direction_seconds']:.1f}")
+        rows.append([str(found["validation_rows"]), *seconds])
+    return rows
+
+
+def _growth_rows(results: dict[str, Any]) -> Rows:
+    rows = [["rows", "actors, one core each", "rows/s"]]
+    return rows + [[str(x["rows"]), str(x["actors"]), f"{x['rows_per_second']:.2f}"] for x in results["runs"]]
+
+
+def _peers(results: dict[str, Any]) -> Rows:
+    sizes = "{rows} rows, {queries} queries, T = {length}, float32, all linear weights".format(**results)
+    rows = [[sizes, "s", "x forward pass", "peak MB above the model", "largest difference from forward mode"]]
+    for name, found in results["results"].items():
+        difference = f"{found['largest_difference']:.0e}" if "largest_difference" in found else ""
+        rows.append([name, f"{found['seconds']:.1f}", f"{found['x_forward']:.1f}", f"{found['peak_mb']:,.0f}",
+                     difference])  # fmt: skip
     return rows
 
 
@@ -112,6 +167,12 @@ def _plan_check(results: dict[str, Any]) -> Rows:
 
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "speed": _speed,
+    "speed_table": _speed_table,
+    "speed_table-predicted": _speed_predicted,
+    "growth-length": _growth_length,
+    "growth-validation": _growth_validation,
+    "growth-rows": _growth_rows,
+    "peers": _peers,
     "padding": _padding,
     "in_run_speed": _in_run_speed,
     "rounds_speed": _rounds_speed,

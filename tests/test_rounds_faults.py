@@ -80,7 +80,7 @@ def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, 
 @pytest.mark.full
 @pytest.mark.slow
 def test_a_row_that_kills_the_scoring_actor_is_put_aside(local_ray, tmp_path, inputs):
-    config = config_of(inputs, tmp_path / "out", max_steps=8)
+    config = config_of(inputs, tmp_path / "out", max_steps=8, seed=2)  # the row is in the first window that is valued
     with mock.patch("pipelines.rounds.WindowScorer", DeadlyWindowScorer):
         manifest = run_rounds(config)
     assert manifest["counts"]["steps"] == 8
@@ -88,7 +88,7 @@ def test_a_row_that_kills_the_scoring_actor_is_put_aside(local_ray, tmp_path, in
     [aside] = [row for table in tables.values() for row in table.to_pylist()]
     assert aside["row_id"] == DEADLY_SAMPLE and aside["reason"].startswith(DIED)
     for summary, rows in windows_of(config.output):
-        assert DEADLY_SAMPLE not in rows["row_id"].to_pylist() or summary["start"] == 0
+        assert DEADLY_SAMPLE not in rows["row_id"].to_pylist()
         assert summary["counts"]["rows_in"] == summary["counts"]["rows_out"] + summary["counts"]["rows_quarantined"]
 
 
