@@ -4,7 +4,7 @@
     OUT/data/train-<first row id>.parquet     the rows; 15 digits, so that names sort as numbers
     OUT/quarantine/quarantine-<...>.parquet   rows left out, with reasons
     OUT/token_classes.parquet                 what each token id is
-    OUT/direction.safetensors                 where score made its own
+    OUT/direction.safetensors                 where score made its own; .quarantine.parquet: validation rows left out
     OUT/commits/<first row id>.json           one per finished shard; gone once the run is finished
     OUT/attempts/<first row id>.json          one per block that is being scored: see pipelines/poison.py
     OUT/sums/<number>.safetensors             gradients that were added up so far: see pipelines/kept_sum.py
@@ -25,7 +25,10 @@ import pyarrow as pa
 from alphatoken import storage
 from alphatoken.errors import UserError
 
-ROOT_FILES = ("run.json", "manifest.json", "README.md", "token_classes.parquet", "direction.safetensors")
+ROOT_FILES = (
+    "run.json", "manifest.json", "README.md", "token_classes.parquet", "direction.safetensors",
+    "direction.safetensors.quarantine.parquet",
+)  # fmt: skip
 SHARD_FILES = {
     "data": re.compile(r"^train-([0-9]{15})\.parquet$"),
     "quarantine": re.compile(r"^quarantine-([0-9]{15})\.parquet$"),

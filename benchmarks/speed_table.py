@@ -121,7 +121,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    cases = []
+    cases: list[dict] = []
+    shapes = {name: predicted(name, 512, 4) for name in SHAPES}
     with tempfile.TemporaryDirectory() as folder:
         todo = [
             (EMBEDDED_MODEL, EMBEDDED_MODEL, dtype, length, arguments.tokens)
@@ -134,13 +135,12 @@ def main() -> None:
         for name, path, dtype, length, tokens in todo:
             cases.append(case(name, path, dtype, length, tokens, arguments.repeats))
             show(cases[-1])
-    shapes = {name: predicted(name, 512, 4) for name in SHAPES}
+            write_result(arguments.json, {"cases": cases, "predicted": shapes})  # what is there, if it is cut off
     print_table(
         "predicted at T = 512",
         ["method", *shapes],
         [[method, *(f"{found[method]:.2f}" for found in shapes.values())] for method in KINDS],
     )
-    write_result(arguments.json, {"cases": cases, "predicted": shapes})
 
 
 if __name__ == "__main__":

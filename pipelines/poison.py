@@ -78,6 +78,8 @@ class Attempt:
         """Row indices that are to be computed together: each is noted when it is asked for, and done with when the
         next one is. Rows in `deadly` are in none. UserError where the deaths are not the rows' own.
         """
+        if not self.table.num_rows:
+            return
         self.deadly = self._deadly_rows()
         for doing, indices in self._groups(self.deadly):
             self._note(doing, indices)

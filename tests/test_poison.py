@@ -177,3 +177,10 @@ def test_a_block_that_nothing_happens_to_is_computed_in_one_call(tmp_path):
     assert storage.list_names(f"{tmp_path}/attempts") == ["000000000000000.json"]
     this.end()
     assert not storage.list_names(f"{tmp_path}/attempts")
+
+
+def test_a_block_without_rows_is_nothing_to_note(tmp_path):
+    this = Attempt(str(tmp_path), block_of(random.Random(0), 0), BATCH_TOKENS)
+    assert list(this.parts()) == [] and not this.deadly
+    this.end()
+    assert not storage.list_names(str(tmp_path))
