@@ -13,7 +13,7 @@ which is the paper's mean over validation tokens (Eq. 8); the two differ in what
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -73,10 +73,10 @@ class MeanGradient:
 class GradientSum:
     """Gradients of some rows, added up."""
 
-    tensors: Tensors
-    num_rows: int
-    num_tokens: int
-    weight: float
+    tensors: Tensors = field(default_factory=dict)
+    num_rows: int = 0
+    num_tokens: int = 0
+    weight: float = 0.0
 
     def __add__(self, other: "GradientSum") -> "GradientSum":
         total = {name: tensor.clone() for name, tensor in self.tensors.items()}
@@ -130,7 +130,7 @@ def gradient_sum(
     """
     if options.parameters == "all" and options.positions == "response":
         raise UserError("--positions response is defined for linear weights; use last-layers:K or all-linear")
-    so_far = so_far or GradientSum({}, 0, 0, 0.0)
+    so_far = so_far or GradientSum()
     total, num_rows, num_tokens, weight_sum = so_far.tensors, so_far.num_rows, so_far.num_tokens, so_far.weight
     rows_per_example = weigh.rows_per_example if weigh else 1
     for batch in batches:

@@ -42,7 +42,7 @@ def fisher_sum(
             "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
         )
     linears = scored_linears(scoring.model, parameters)
-    so_far = so_far or GradientSum({}, 0, 0, 0.0)
+    so_far = so_far or GradientSum()
     total, num_rows, num_tokens = so_far.tensors, so_far.num_rows, so_far.num_tokens
     for batch in batches:
         captured = capture(scoring, batch, linears)

@@ -33,9 +33,10 @@ from pipelines.encode import good_rows, make_encoder
 from pipelines.kept_sum import KeptSums, open_parts
 from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
 from pipelines.refused import Refused, died, reasons, report_refused, write_refused
-from pipelines.validation_rows import batch_of, batches_of, tokens_of, validation_blocks
+from pipelines.validation_rows import batch_of, batches_of, computed, validation_blocks
 
 logger = logging.getLogger(__name__)
+
 VALIDATION_ROWS = "validation rows"  # what is counted
 
 
@@ -194,7 +195,7 @@ def _gradients(
     halves = []
     for half in range(2):
         blocks = validation_blocks(config, encoder, refused, half)
-        found, deadly = sums.over(2 * target + half, blocks, add, tokens_of, tick, VALIDATION_ROWS)
+        found, deadly = sums.over(2 * target + half, blocks, add, computed, tick, VALIDATION_ROWS)
         halves.append(found)
         killed |= deadly
     refused += died(plan_units(config.validation), killed)

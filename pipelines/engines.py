@@ -32,7 +32,7 @@ LOGICAL_CPUS = 8  # of a private Ray: the engine and the stages around it need a
 
 REQUESTS = pa.schema(
     [
-        pa.field("row_id", pa.int64()),  # no other request of the run has it
+        pa.field("row_id", pa.int64()),  # of a good request: no other one of the run has it
         pa.field("carried", pa.string()),  # JSON of whatever the caller wants back
         pa.field("prompt_ids", pa.list_(pa.int32())),
         pa.field("seed", pa.int64()),
@@ -152,10 +152,9 @@ class TransformersSampler:
 
     def _answers(self, requests: pa.Table) -> pa.Table:
         rows = requests.to_pylist()
-        good = [i for i, row in enumerate(rows) if not row["reason"]]
-        lengths = [len(rows[i]["prompt_ids"]) + self.plan.sampling.max_new_tokens for i in good]
+        lengths = [len(row["prompt_ids"]) + self.plan.sampling.max_new_tokens for row in rows]
         for group in plan_batches(lengths, self.plan.batch_tokens):
-            self._fill([rows[good[i]] for i in group])
+            self._fill([rows[i] for i in group])
         return pa.Table.from_pylist(rows, schema=ANSWERS)
 
     def _fill(self, rows: list[dict]) -> None:

@@ -153,14 +153,14 @@ def make_fisher(config: FisherConfig, run: dict[str, Any], samples: str, threads
     tick = tick_of(counter)
 
     def add(rows: list[dict], so_far: GradientSum) -> GradientSum:
-        groups = plan_batches([len(tokens_of(row)) for row in rows], config.batch_tokens)
+        groups = plan_batches([_length(row) for row in rows], config.batch_tokens)
         pairs = [(row["prompt_ids"], row["token_ids"]) for row in rows]
         batches: Iterable[Batch] = (sampled_batch([pairs[i] for i in group]).to(scoring.device) for group in groups)
         batches = counted(batches, tick, GRADIENTS, lambda batch: batch.input_ids.shape[0])
         return fisher_sum(scoring, batches, config.parameters, so_far)
 
     sums = KeptSums(RunFolder(samples), config.batch_tokens, scoring.device)
-    total, deadly = sums.over(0, sample_blocks(samples), add, tokens_of, tick, GRADIENTS)
+    total, deadly = sums.over(0, sample_blocks(samples), add, _length, tick, GRADIENTS)
     refused = _quarantined(samples) + died(plan_units(config.prompts), deadly)
     try:
         found = mean_of(total)
@@ -188,9 +188,8 @@ def sample_blocks(folder: str) -> Iterator[Block]:
         yield [(row["row_id"], row) for row in table.sort_by("row_id").to_pylist()]
 
 
-def tokens_of(sample: dict) -> list[int]:
-    """All tokens of a row of `sample_blocks`."""
-    return sample["prompt_ids"] + sample["token_ids"]
+def _length(sample: dict) -> int:
+    return len(sample["prompt_ids"]) + len(sample["token_ids"])
 
 
 def _quarantined(folder: str) -> list[Refused]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from alphatoken import storage, tensor_file
@@ -52,20 +51,20 @@ class KeptSums:
         number: int,
         blocks: Iterable[Block],
         add: Add,
-        tokens_of: Callable[[Any], list[int]],
+        length_of: Callable[[Any], int],
         tick: Tick,
         what: str,
     ) -> tuple[GradientSum, dict[int, str]]:
         """(the sum over all examples of `blocks` that no process dies on, {row id: reason} of the others).
 
-        tick: told, as `what`, how many were added before.
+        length_of: in tokens. tick: told, as `what`, how many were added before.
         """
         total, done, deadly = self._load(number)
         if done:
             logger.info("resuming: %d rows were already added up", total.num_rows)
             tick(what, total.num_rows)
         for block in islice(blocks, done, None):
-            total, killed = self._add_block(block, total, add, tokens_of)
+            total, killed = self._add_block(block, total, add, length_of)
             deadly |= killed
             done += 1
             if time.monotonic() - self.saved > SAVE_SECONDS:
@@ -73,23 +72,20 @@ class KeptSums:
         return total, deadly
 
     def _add_block(
-        self, block: Block, total: GradientSum, add: Add, tokens_of: Callable[[Any], list[int]]
+        self, block: Block, total: GradientSum, add: Add, length_of: Callable[[Any], int]
     ) -> tuple[GradientSum, dict[int, str]]:
-        examples = dict(block)
-        tokens = [tokens_of(example) for example in examples.values()]
-        ids = pa.array(tokens, pa.list_(pa.int64()))
-        attempt = Attempt(self.folder.uri, pa.table({"row_id": list(examples), "input_ids": ids}), self.batch_tokens)
-        row_ids = list(examples)
+        lengths = {row_id: length_of(example) for row_id, example in block}
+        attempt = Attempt.at(self.folder.uri, lengths, self.batch_tokens)
         for indices in attempt.parts():
-            total = add([examples[row_ids[index]] for index in indices], total)
+            total = add([block[index][1] for index in indices], total)
         attempt.end()
-        return total, {row_ids[index]: reason for index, reason in attempt.deadly.items()}
+        return total, {block[index][0]: reason for index, reason in attempt.deadly.items()}
 
     def _load(self, number: int) -> tuple[GradientSum, int, dict[int, str]]:
         """(sum, blocks in it, deadly rows met)."""
         uri = self.folder.sum_uri(number)
         if not storage.exists(uri):
-            return GradientSum({}, 0, 0, 0.0), 0, {}
+            return GradientSum(), 0, {}
         found = tensor_file.load(uri, "sum")
         tensors = {name: tensor.to(self.device) for name, tensor in found.group("sum").items()}
         about = found.provenance

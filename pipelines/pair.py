@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
 import ray.data
 
 from alphatoken import manifest as manifests
@@ -149,9 +148,10 @@ class PairShards:
 
     def _judge(self, groups: dict[int, Group]) -> Attempt:
         """Scores, or reasons, for prompts by row id; of those that kill the process, the reason is that."""
-        tokens = [[token for each in group.candidates for token in each.token_ids or []] for group in groups.values()]
-        ids = {"row_id": pa.array(list(groups), pa.int64()), "token_ids": pa.array(tokens, pa.list_(pa.int64()))}
-        attempt = Attempt(self.output, pa.table(ids), self.config.batch_tokens)
+        lengths = {
+            row_id: sum(len(each.token_ids or []) for each in group.candidates) for row_id, group in groups.items()
+        }
+        attempt = Attempt.at(self.output, lengths, self.config.batch_tokens)
         in_order = list(groups.values())
         for part in attempt.parts():
             self.judge([in_order[index] for index in part])

@@ -15,7 +15,7 @@ Where every row seems to kill, and none could be computed, it is not the rows: t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -41,9 +41,13 @@ Scored = tuple[pa.Table, dict[int, str], int]  # table, {row index: reason} to p
 class Attempt:
     """One more attempt at a block of encoded rows, after what earlier ones noted."""
 
-    def __init__(self, output: str, table: pa.Table, batch_tokens: int) -> None:
-        """batch_tokens: the size of the groups that are tried after a first death."""
-        self.output, self.table, self.batch_tokens = output, table, batch_tokens
+    def __init__(
+        self, output: str, table: pa.Table, batch_tokens: int, lengths: Sequence[int] | None = None
+    ) -> None:
+        """batch_tokens: the size of the groups that are tried after a first death. lengths: of the rows, where the
+        table has no tokens.
+        """
+        self.output, self.table, self.batch_tokens, self.lengths = output, table, batch_tokens, lengths
         self.row_ids = table["row_id"].to_numpy()
         self.deaths: list[dict] = []  # notes of the processes that died
         self.passed = False  # whether some row of the block was ever computed
@@ -56,6 +60,12 @@ class Attempt:
             self.deaths, self.passed = [*note["deaths"], note["now"]], note["passed"]
             logger.warning("a process died in the block of row %d, %d times by now", self.row_ids.min(),
                            len(self.deaths))  # fmt: skip
+
+    @classmethod
+    def at(cls, output: str, lengths: dict[int, int], batch_tokens: int) -> "Attempt":
+        """An attempt at rows that are in no table. lengths: by row id, in tokens."""
+        table = pa.table({"row_id": pa.array(list(lengths), pa.int64())})
+        return cls(output, table, batch_tokens, list(lengths.values()))
 
     def score(self, compute: Callable[[pa.Table], Scored]) -> Scored:
         """`compute` on the rows, in one call if no process died on them. Rows that killed come last, without values."""
@@ -134,9 +144,12 @@ class Attempt:
         return [(ROW, [index]) for index in suspects] + [(BATCH, batch) for batch in batches]
 
     def _batches(self, rows: list[int]) -> list[list[int]]:
-        columns = [name for name in self.table.column_names if name.endswith("_ids")]
-        lengths = sum(pc.list_value_length(self.table[name]).to_numpy() for name in columns)
-        return [[rows[i] for i in batch] for batch in plan_batches(lengths[rows].tolist(), self.batch_tokens)]
+        lengths = self.lengths
+        if lengths is None:
+            columns = [name for name in self.table.column_names if name.endswith("_ids")]
+            lengths = sum(pc.list_value_length(self.table[name]).to_numpy() for name in columns)
+        batches = plan_batches([int(lengths[row]) for row in rows], self.batch_tokens)
+        return [[rows[i] for i in batch] for batch in batches]
 
     def _deaths(self, *doing: str) -> np.ndarray:
         """(rows,) how often a process died at one of `doing` with the row in it."""

@@ -39,13 +39,6 @@ def batches_of(config: ScoreConfig | DirectionConfig, rows: list[Any], device: t
     yield from (batch_of([rows[i] for i in group]).to(device) for group in groups)
 
 
-def tokens_of(encoded: Encoded | EncodedPair) -> list[int]:
-    """All tokens of an example."""
-    if isinstance(encoded, EncodedPair):
-        return encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids
-    return encoded.input_ids
-
-
 def computed(encoded: Encoded | EncodedPair) -> int:
     """Positions that an example takes in a batch of its own."""
     if isinstance(encoded, EncodedPair):

@@ -68,10 +68,13 @@ class NotedEngine(vLLMEngineStageUDF):
     async def udf(self, batch: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         started = time.monotonic()
         self.watching = self.watching or asyncio.create_task(self._watch())
-        attempt = Attempt(self.notes, _table(batch), self.batch_tokens)
+        # Storage is waited for in other threads: this one also carries tokens from and to the engine.
+        lengths = {int(row["row_id"]): len(row["prompt_ids"]) for row in batch}
+        attempt = await asyncio.to_thread(Attempt.at, self.notes, lengths, self.batch_tokens)
+        parts = attempt.parts()
         found: list[dict[str, Any]] = []
         async with self.gate.alone() if attempt.deaths else self.gate.shared():
-            for part in attempt.parts():
+            while (part := await asyncio.to_thread(next, parts, None)) is not None:
                 async for answer in super().udf([batch[index] for index in part]):
                     found.append(answer)
         cost = self._cost(started, len(batch))
@@ -79,7 +82,8 @@ class NotedEngine(vLLMEngineStageUDF):
             yield answer | cost
         for index, reason in attempt.deadly.items():
             yield {self.IDX_IN_BATCH_COLUMN: batch[index][self.IDX_IN_BATCH_COLUMN], ERROR: reason} | cost
-        attempt.end()  # a later stage writes the shard, which needs no model and so is not where rows kill
+        # A later stage writes the shard: that needs no model and so is not where rows kill.
+        await asyncio.to_thread(attempt.end)
 
     async def _watch(self) -> None:
         """Ends the process, as its parent class does, when the engine has died: a request that came in at that moment
@@ -130,16 +134,6 @@ class Gate:
             async with self.changed:
                 self.closed = False
                 self.changed.notify_all()
-
-
-def _table(batch: list[dict[str, Any]]) -> pa.Table:
-    """What an attempt asks of requests."""
-    return pa.table(
-        {
-            "row_id": pa.array([int(row["row_id"]) for row in batch]),
-            "prompt_ids": pa.array([list(map(int, row["prompt_ids"])) for row in batch], pa.list_(pa.int64())),
-        }
-    )
 
 
 def vllm_config(plan: EnginePlan) -> Any:
