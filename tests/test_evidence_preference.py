@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from alphatoken.pair_encode import EncodedPair
 from benchmarks.evidence import preference_report
 from benchmarks.evidence.__main__ import Work
+from benchmarks.evidence.costs import Costs
 from benchmarks.evidence.pairs import Pair, add_dpo_gradient, dpo_losses, make_pair_task, margins
 from benchmarks.evidence.preference import (
     PAIR_RULES,
@@ -23,7 +24,7 @@ from benchmarks.evidence.preference import (
     keep_pair_tokens,
 )
 from benchmarks.evidence.report import read_runs
-from benchmarks.evidence.runs import Costs, Study
+from benchmarks.evidence.runs import Study
 from benchmarks.evidence.stats import auroc
 
 BETA = 0.5

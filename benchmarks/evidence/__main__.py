@@ -22,19 +22,21 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.evidence import forgetting_report, preference_report, report
+from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
 from benchmarks.evidence.grid import Run, runs
 from benchmarks.evidence.preference import CLEAN_PAIR_RULES, PAIR_RULES, PairRule, Preference, PreferenceLab
 from benchmarks.evidence.rules import Rule
-from benchmarks.evidence.runs import Clock, Lab, Study
+from benchmarks.evidence.runs import Lab, Study
 
 logger = logging.getLogger("benchmarks.evidence")
 PARTS = ("training", "detection", "forgetting", "preference", "tables")
 DETECTION = (("mixed", 0), ("tokens", 0))
 
 
-LATER = ("excess",)  # settings of a rule that came later: left out where they are None, so that older results stand
+# Settings of a rule that came later: left out where they are None, so that older results stand
+LATER = ("excess", "shared")
 
 
 def settings_of(study: Study, run: Run) -> dict:

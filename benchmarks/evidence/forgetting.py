@@ -24,10 +24,11 @@ from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import load_model
 from alphatoken.prompts import PromptReader
 from alphatoken.sampling import draw_samples
+from benchmarks.evidence.costs import Clock, Costs
 from benchmarks.evidence.data import Row, read_lines
 from benchmarks.evidence.grid import EXACT, RANDOM
-from benchmarks.evidence.rules import Rule
-from benchmarks.evidence.runs import Clock, Costs, Lab, Record, Study, weight_of
+from benchmarks.evidence.rules import Rule, weight_of
+from benchmarks.evidence.runs import Lab, Record, Study
 from benchmarks.evidence.signals import Scorer, Values
 from benchmarks.evidence.training import FallingRate, Trainer
 

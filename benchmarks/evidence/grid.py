@@ -50,9 +50,15 @@ EXCESS_VARIANTS = {
     "no preconditioner": {"signal": PLAIN},
 }
 SHORT_VARIANTS = 4  # the first ones
+SHARED = {"value propagation K=3": PUBLISHED, "exact K=3": replace(EXACT_3, preconditioner="none")}
+SHARED_RULES = [  # as `train --in-run` does: values from the training forward pass
+    replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, in-run, shared {name}", in_run=True, shared=True, signal=signal)
+    for name, signal in SHARED.items()
+]
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
+    *SHARED_RULES,
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),

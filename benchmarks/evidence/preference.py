@@ -23,6 +23,7 @@ from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.scoring import lists
 from alphatoken.selection import keep_count, keep_tokens, row_thresholds
 from benchmarks.evidence import stats
+from benchmarks.evidence.costs import Clock, Costs
 from benchmarks.evidence.data import read_lines
 from benchmarks.evidence.pairs import (
     BATCH_TOKENS,
@@ -36,7 +37,7 @@ from benchmarks.evidence.pairs import (
     pair_batches,
     short_pairs,
 )
-from benchmarks.evidence.runs import Clock, Costs, Lab, Study
+from benchmarks.evidence.runs import Lab, Study
 from benchmarks.evidence.suffix import frozen_copy
 from benchmarks.evidence.training import Training
 

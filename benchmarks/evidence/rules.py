@@ -6,6 +6,7 @@ N response tokens of R rows, flat, row r at offsets[r]:offsets[r + 1]. Threshold
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from alphatoken.selection import keep_tokens, row_thresholds, soft_weights
 from alphatoken.suspects import (
@@ -18,6 +19,7 @@ from alphatoken.suspects import (
     suspect_rows,
     suspect_tokens,
 )
+from benchmarks.evidence.data import Row
 from benchmarks.evidence.signals import Signal, Values
 from benchmarks.evidence.stats import ranks
 
@@ -56,6 +58,7 @@ class Rule:
     steps: int = 48
     with_validation: bool = False  # validation rows are training rows too
     in_run: bool = False  # tokens are judged in the step that trains on them; `refresh` is of direction and bounds
+    shared: bool | None = None  # in-run: values from the training forward pass
     known_rows: int | None = None  # validation rows that the rule may use; None: all
 
     @property
@@ -163,3 +166,13 @@ def quantile_bounds(losses: np.ndarray, classes: np.ndarray, num_classes: int, q
         if len(known) >= FEWEST_TOKENS:
             bounds[number] = np.quantile(known, quantile)
     return bounds
+
+
+def held_out_order(validation: list[Row]) -> list[Row]:
+    """The order in which Scorer.calibrated returns the validation rows."""
+    return [row for fold in range(FOLDS) for row in validation[fold::FOLDS]]
+
+
+def weight_of(row: Row, weights: dict[int, np.ndarray]) -> torch.Tensor:
+    found = weights.get(row.row_id)
+    return torch.ones(sum(row.response_mask)) if found is None else torch.from_numpy(found)

@@ -1,6 +1,5 @@
 """One training run under one rule: schedule, costs, what was dropped, what came out."""
 
-import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,10 +11,12 @@ from alphatoken.encode import Encoder
 from alphatoken.token_classes import TOKEN_CLASS_NAMES, class_ids, token_class_table
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from benchmarks.evidence import stats
+from benchmarks.evidence.costs import Clock, Costs
 from benchmarks.evidence.data import Row, Source, Task, batch_of, make_task, read_lines
+from benchmarks.evidence.in_run import InRunJudge
 from benchmarks.evidence.measure import make_measures
-from benchmarks.evidence.rules import FOLDS, Rule, Window, weights_of
-from benchmarks.evidence.signals import Scorer, Signal, Values, score
+from benchmarks.evidence.rules import FOLDS, Rule, Window, held_out_order, weight_of, weights_of
+from benchmarks.evidence.signals import Scorer, Signal, Values
 from benchmarks.evidence.suffix import load_suffix
 from benchmarks.evidence.training import Trainer, Training
 
@@ -40,34 +41,6 @@ class Study:
     questions: int = 50
     validation_rows: int = 24
     training: Training = field(default_factory=Training)
-
-
-@dataclass
-class Costs:
-    """CPU and wall seconds by purpose. A first part that runs share is measured once and counted for each."""
-
-    cpu: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "score": 0.0})
-    wall: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "score": 0.0})
-
-    def add(self, purpose: str, cpu: float, wall: float) -> None:
-        self.cpu[purpose] += cpu
-        self.wall[purpose] += wall
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """As a result has them."""
-        parts = {"cpu_seconds": self.cpu, "wall_seconds": self.wall}
-        return {name: {key: round(value, 2) for key, value in part.items()} for name, part in parts.items()}
-
-
-class Clock:
-    """CPU time does not count pauses of the machine; wall time does."""
-
-    def __enter__(self) -> "Clock":
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.cpu, self.wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
 
 
 class Lab:
@@ -221,49 +194,6 @@ class Lab:
         return np.concatenate([self.class_of[row.response_ids] for row in rows])
 
 
-class InRunJudge:
-    """Judges the rows of a step in that step. Direction and bounds are those of the step at which it is made.
-
-    A rule by loss reads the losses of the training forward pass; values need a pass of their own.
-    """
-
-    def __init__(self, lab: Lab, rule: Rule, scorer: Scorer, costs: Costs) -> None:
-        self.lab, self.rule, self.scorer, self.costs = lab, rule, scorer, costs
-        with Clock() as clock:
-            self.held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation))
-            self.estimator = None if rule.signal == Signal("loss") else scorer.estimator(rule.signal)
-        costs.add("score", clock.cpu, clock.wall)
-
-    def train(self, part: list[Row]) -> dict[int, np.ndarray]:
-        """Takes the step; returns the weights that it found."""
-        found: dict[int, np.ndarray] = {}
-
-        def weigh(losses: torch.Tensor) -> torch.Tensor:
-            lengths = [sum(row.response_mask) for row in part]
-            known = losses.double().numpy()
-            values = Values(known, known, np.concatenate([[0], np.cumsum(lengths)]))
-            found.update(self._weights(part, values))
-            return torch.cat([weight_of(row, found) for row in part]).to(losses.dtype)
-
-        if self.estimator is not None:
-            with Clock() as clock:
-                found = self._weights(part, score(self.estimator, part))
-            self.costs.add("score", clock.cpu, clock.wall)
-        with Clock() as clock:
-            self.lab.trainer.step(part, weigh if self.estimator is None else [weight_of(row, found) for row in part])
-        self.costs.add("train", clock.cpu, clock.wall)
-        return found
-
-    def _weights(self, part: list[Row], values: Values) -> dict[int, np.ndarray]:
-        found = self.lab.weights_by_row(self.rule, self.scorer, part, values, self.held_out)
-        return {row_id: weights for row_id, weights in found.items() if row_id >= 0}
-
-
-def held_out_order(validation: list[Row]) -> list[Row]:
-    """The order in which Scorer.calibrated returns the validation rows."""
-    return [row for fold in range(FOLDS) for row in validation[fold::FOLDS]]
-
-
 def _measure(rule: Rule, scorer: Scorer, rows: list[Row]) -> tuple[Values, Values | None]:
     """(values of rows, of the validation rows where the rule needs them; only losses unless it compares values)."""
     if rule.value_width is not None:
@@ -271,11 +201,6 @@ def _measure(rule: Rule, scorer: Scorer, rows: list[Row]) -> tuple[Values, Value
     values = scorer.values(rule.signal, rows)
     held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation)) if rule.is_calibrated else None
     return values, held_out
-
-
-def weight_of(row: Row, weights: dict[int, np.ndarray]) -> torch.Tensor:
-    found = weights.get(row.row_id)
-    return torch.ones(sum(row.response_mask)) if found is None else torch.from_numpy(found)
 
 
 class Record:

@@ -75,8 +75,11 @@ class Scorer:
         """What values batches at the current weights, under the direction of all validation rows."""
         if not signal.has_direction:
             return self._baseline(signal)
-        gradients, weights = self._gradients(signal, self.validation)
-        return self._along(signal, mean_of(gradients, weights))
+        return self._along(signal, mean_of(*self._gradients(signal, self.validation)))
+
+    def direction(self, signal: Signal) -> Tensors:
+        """That of all validation rows, preconditioned where the signal says so."""
+        return self._scaled(signal, mean_of(*self._gradients(signal, self.validation)))
 
     def calibrated(self, signal: Signal, rows: list[Row], folds: int) -> tuple[Values, Values]:
         """(values of rows, values of the validation rows), each fold's under the direction of the other folds."""
@@ -116,14 +119,17 @@ class Scorer:
         return [total], [weight]
 
     def _along(self, signal: Signal, direction: Tensors):
-        drift = self.drift
-        if signal.preconditioner == "adam":
-            scale = adam_scale(self.moments())
-            direction = {name: tensor * scale[name] for name, tensor in direction.items()}
-            drift = drift and {name: tensor * scale[name] for name, tensor in drift.items()}
+        direction = self._scaled(signal, direction)
         if signal.name == "exact":
+            drift = self.drift and self._scaled(signal, self.drift)
             return Exact(self.scoring, signal.parameters, direction, drift)
         return ValuePropagation(self.scoring, signal.parameters, direction)
+
+    def _scaled(self, signal: Signal, tensors: Tensors) -> Tensors:
+        if signal.preconditioner == "none":
+            return tensors
+        scale = adam_scale(self.moments())
+        return {name: tensor * scale[name] for name, tensor in tensors.items()}
 
     def _baseline(self, signal: Signal):
         if signal.name == "random":
