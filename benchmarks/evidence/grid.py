@@ -129,4 +129,4 @@ def runs(full: bool) -> Iterator[Run]:
     for seed in range(3 if full else 1):
         for name in ("tokens", "mixed"):
             yield from (run_of(name, seed, rule) for rule in (VARIANTS if full else VARIANTS[:SHORT_VARIANTS]))
-        yield run_of("clean", seed, IN_RUN)
+        yield from (run_of("clean", seed, rule) for rule in ([IN_RUN, *SHARED_RULES] if full else [IN_RUN]))
