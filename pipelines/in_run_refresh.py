@@ -1,5 +1,6 @@
 """What in-run values and masks are measured against, kept fresh: direction, drift, losses of validation rows."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from alphatoken.batching import Batch
 from alphatoken.in_run import InRun
 from alphatoken.suspects import TokenLosses
 from alphatoken.train_config import BY_LOSS, BY_VALUE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,12 @@ class Refreshing(_Trainer):
 
     def _begin_step(self) -> None:
         """Once per optimizer step: a new direction where one is due, the drift of the current weights always."""
-        step = self.state.global_step
+        step, last = self.state.global_step, self.state.max_steps
+        if not step and last <= self.plan.plain_steps and self.accelerator.is_main_process:
+            logger.warning(
+                "all %d steps train on every token, since the first %d do: lower --plain-steps", last,
+                self.plan.plain_steps,
+            )  # fmt: skip
         if step < self.plan.plain_steps:
             return
         if not self._ready or step - self._refreshed_at >= self.plan.refresh_every:

@@ -21,6 +21,7 @@ def inputs(tmp_path_factory) -> dict:
         "data": [write_rows(folder / "data.jsonl", 8, 0)],
         "validation": [write_rows(folder / "validation.jsonl", 4, 1)],
         "in_run": True,
+        "rule": "share",
         "parameters": "last-layers:1",
     }
 
@@ -93,3 +94,19 @@ def test_settings_that_do_not_fit_together():
             TrainConfig(**(base | settings))
     paper = TrainConfig(**base, in_run=True, validation=["v"], preset="paper", keep_fraction=0.7)
     assert (paper.keep_fraction, paper.stability_weight, paper.scored_parameters) == (0.7, 1.5, "last-layers:3")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("suspect", 12, 12)),
+        ({"rule": "suspect", "plain_steps": 0}, ("suspect", 0, 12)),
+        ({"keep_fraction": 0.5}, ("share", 0, 10)),
+        ({"rule": "share"}, ("share", 0, 10)),
+        ({"preset": "paper"}, ("share", 0, 10)),
+        ({"objective": "dpo"}, ("share", 0, 10)),
+    ],
+)
+def test_in_run_sft_leaves_out_suspects_unless_told_otherwise(given, expected):
+    config = TrainConfig(data=["d"], model="m", output="o", in_run=True, validation=["v"], **given)
+    assert (config.rule, config.plain_steps, config.refresh_every) == expected

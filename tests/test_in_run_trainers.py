@@ -202,6 +202,14 @@ def test_the_direction_is_refreshed_every_k_steps_after_the_plain_ones(tmp_path)
     assert trainer.refreshes == 3  # before steps 2, 5 and 8
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_of_plain_steps_only_says_so(tmp_path, caplog, steps):
+    plan = plan_of("exact", plain_steps=2)
+    trainer = sft_trainer(tmp_path, small_model(), sft_rows(8), plan, per_device_train_batch_size=2, max_steps=steps)
+    trainer.train()
+    assert ("all 2 steps train on every token" in caplog.text) == (steps == 2)
+
+
 def test_adam_preconditioner_is_the_optimizer_s_own(tmp_path):
     """And a first step without moments trains on everything."""
     rows = sft_rows(8)
