@@ -105,6 +105,15 @@ class ModelOptions(BaseModel):
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
 
+class TrunkOptions(BaseModel):
+    """What becomes of the layers below the first scored one."""
+
+    trunk_dtype: Literal["int8"] | None = Field(
+        None,
+        description="int8: weights of the layers that are not scored take a byte (torchao; values change a little)",
+    )
+
+
 class DirectionShape(BaseModel):
     """How validation rows become a direction."""
 
@@ -142,7 +151,7 @@ class DirectionOptions(DirectionShape):
     preconditioner_rows: int = Field(8, ge=1, description="rows per such batch")
 
 
-class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
+class DirectionConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, DirectionOptions):
     """The validation direction G."""
 
     validation: Validation = Field(
@@ -157,7 +166,7 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
 STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
 
 
-class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
+class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, DirectionOptions):
     """Adaptation and stability of every response token."""
 
     data: list[str] = Field(min_length=1, description="files to score: JSONL (.gz), Parquet, a datasets name or folder")
@@ -203,6 +212,8 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, DirectionOptions):
                 raise ValueError(STABILITY_NEEDS)
             if self.reference_model and not self.fisher and self.objective == "sft":
                 raise ValueError(STABILITY_NEEDS)
+        elif self.trunk_dtype:
+            raise ValueError(f"--trunk-dtype is for exact and value_propagation; {self.estimator} scores no layers")
         if self.estimator == "excess_loss" and not self.reference_model:
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":

@@ -13,6 +13,7 @@ from alphatoken.attention import NAME as ATTENTION
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.head import LossHead, check_head
+from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.readers import first_line
 
 FINGERPRINT_SAMPLES = 2**16  # elements read per tensor: enough to see any training step, quick on a large model
@@ -46,7 +47,11 @@ def default_device() -> torch.device:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    trunk: QuantizedTrunk | None = None,
 ) -> ScoringModel:
     """A causal LM from a folder or hub name, or an adapter folder's base model with the adapter in it, ready to score.
 
@@ -54,9 +59,10 @@ def load_model(
         name: also `smollm2-135m-instruct`, the embedded model.
         dtype: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU.
         device: default: the GPU where there is one.
+        trunk: what becomes of the layers that are not scored; default: nothing.
 
     Raises:
-        UserError: it cannot be loaded, or its output head is of an unknown kind.
+        UserError: it cannot be loaded, its output head is of an unknown kind, or it has no such trunk.
     """
     device = device or default_device()
     base = base_of(resolve_model(name))
@@ -68,6 +74,9 @@ def load_model(
     if is_adapter(name):
         model = with_adapter(model, name)
         check_adapter(model, name)
+    if trunk:
+        model.checkpoint_fingerprint = fingerprint(model)
+        trunk.apply(model, device)
     return prepare_model(model.to(device))
 
 
@@ -97,6 +106,9 @@ def prepare_model(model: PreTrainedModel) -> ScoringModel:
 
 def fingerprint(model: nn.Module) -> str:
     """Identifies a checkpoint by samples of every weight in bfloat16: the same in whatever dtype it is loaded."""
+    known = getattr(model, "checkpoint_fingerprint", None)  # of one whose trunk was quantised since
+    if known:
+        return str(known)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)

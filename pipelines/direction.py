@@ -21,6 +21,7 @@ from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.pair_scoring import check_same_vocabulary
+from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.targets import files_by_target
@@ -87,7 +88,8 @@ def one_accelerator() -> dict:
 @ray.remote
 def _direction_task(config: DirectionConfig, threads: int, counter: Any = None) -> dict:
     prepare_worker(threads)
-    scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
+    trunk = QuantizedTrunk.of(config.trunk_dtype, config.parameters)
+    scoring = load_model(config.model, config.dtype, trust_remote_code=config.trust_remote_code, trunk=trunk)
     reference = load_reference(config, scoring)
     positions, tick = config.positions or "all", tick_of(counter)
     return make_direction(scoring, config, config.parameters, positions, config.output, reference, tick=tick)

@@ -60,6 +60,8 @@ def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) ->
     settings = {name: getattr(config, name) for name in names} | {"positions": positions}
     if config.validation_objective == "dpo":
         settings |= {name: getattr(config, name) for name in ("validation_objective", "beta", "reference_model")}
+    if config.trunk_dtype:
+        settings["trunk_dtype"] = config.trunk_dtype
     if config.preconditioner != "none":
         more = ("preconditioner_data", "preconditioner_batches", "preconditioner_rows")
         settings |= {name: getattr(config, name) for name in more}

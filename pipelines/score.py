@@ -28,6 +28,7 @@ from alphatoken.errors import UserError
 from alphatoken.model import default_device, fingerprint, load_model
 from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.pair_scoring import PairEstimator, score_pair_table
+from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
@@ -140,7 +141,8 @@ def _prepare_task(
 ) -> _Prepared:
     prepare_worker(threads)
     device = default_device() if config.gpus_per_actor else torch.device("cpu")
-    scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
+    trunk = QuantizedTrunk.of(config.trunk_dtype, parameters)
+    scoring = load_model(config.model, config.dtype, device, config.trust_remote_code, trunk)
     positions = config.positions_for(config.estimator)
     fingerprints = {"model": fingerprint(scoring.model), **input_fingerprints(config)}
     reference = load_reference(config, scoring) if pairs or config.validation_objective == "dpo" else None
@@ -245,7 +247,12 @@ class Scorer:
         self.config = config
         self.output = output
         device = default_device() if config.gpus_per_actor else torch.device("cpu")
-        self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        trunk = None
+        if config.trunk_dtype:
+            assert direction_path is not None  # the config saw to it
+            known = tensor_file.read_provenance(direction_path, "direction")
+            trunk = QuantizedTrunk.of(config.trunk_dtype, config.parameters or known.parameters)
+        self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code, trunk)
         self.device = device
         self.estimator = build_estimator(config, self.scoring, direction_path)
         self.targets = targets_of(config, direction_path)

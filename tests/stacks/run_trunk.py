@@ -1,0 +1,54 @@
+"""Values with an int8 trunk, against a plain model whose trunk has the same rounded weights. Run by test_trunk.py."""
+
+import json
+import sys
+
+import torch
+
+from alphatoken.architecture import decoder_layers, scored_parameters
+from alphatoken.batching import make_batch
+from alphatoken.config import ScoreConfig
+from alphatoken.exact import Exact
+from alphatoken.model import fingerprint, load_model
+from alphatoken.quantized_trunk import QuantizedTrunk
+from alphatoken.value_propagation import ValuePropagation
+from pipelines.score import run_score
+
+SCORED = "last-layers:2"
+
+
+def main(checkpoint: str, data: str, validation: str, output: str) -> None:
+    plain = load_model(checkpoint, "float32")
+    quantized = load_model(checkpoint, "float32", trunk=QuantizedTrunk("int8", SCORED))
+    found = {"same_fingerprint": fingerprint(plain.model) == fingerprint(quantized.model), "kept": 0, "rounded": 0}
+    torch.manual_seed(0)
+    rows = [torch.randint(5, 60, (length,)).tolist() for length in (9, 30, 17)]
+    masks = [[0] * 4 + [1] * (len(row) - 4) for row in rows]
+    batch = make_batch(rows, masks, [0, 1, 2])
+    names = scored_parameters(plain.model, SCORED)
+    direction = {name: torch.randn_like(weight) for name, weight in names.items()}
+
+    def values(model) -> dict[str, torch.Tensor]:
+        exact = Exact(model, SCORED, direction, None, "forward")
+        propagation = ValuePropagation(model, SCORED, direction)
+        return {"exact": exact(batch).adaptation, "propagation": propagation(batch).adaptation}
+
+    unrounded, rounded = values(plain), values(quantized)
+    for ours, theirs in zip(decoder_layers(plain.model), decoder_layers(quantized.model), strict=True):
+        for module, other in zip(ours.modules(), theirs.modules(), strict=True):
+            if isinstance(module, torch.nn.Linear):
+                is_plain = type(other.weight.data) is torch.Tensor
+                found["kept" if is_plain else "rounded"] += 1
+                module.weight.data = other.weight.data if is_plain else other.weight.dequantize().detach()
+    for name, expected in values(plain).items():
+        scale = expected.abs().max()
+        found[name] = float((rounded[name] - expected).abs().max() / scale)
+        found[f"{name}_moved"] = float((unrounded[name] - expected).abs().max() / scale)
+    config = ScoreConfig(
+        model=checkpoint, data=[data], validation=[validation], output=output, parameters=SCORED, trunk_dtype="int8"
+    )
+    counts = run_score(config)["counts"]
+    print(json.dumps(found | {name: counts[name] for name in ("rows_in", "rows_out")}))
+
+
+main(*sys.argv[1:])
