@@ -9,6 +9,7 @@ many rows, then the same batch is scored. Rows and actors: the pipeline's scorin
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from alphatoken.model import load_model
 from alphatoken.value_propagation import ValuePropagation
 
 METHODS = ("forward pass", "value_propagation, K = 3", "exact, K = 3", "exact, all-linear")
+PARTS = ("lengths", "validation", "runs")
 VALIDATION_ROWS = (4, 16, 64)
 ROWS = (128, 256, 512)
 REPEATS = 3
@@ -108,36 +110,33 @@ def pipeline(
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
-    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    model, data, validation = arguments.model, arguments.data, arguments.validation
-    lengths = [
-        in_own_process(at_length, model, data, length, method) for method in METHODS for length in arguments.lengths
-    ]
+def lengths_part(model: str, data: str, lengths: list[int]) -> list[dict]:
+    found = [in_own_process(at_length, model, data, length, method) for method in METHODS for length in lengths]
     print_table(
         "one row, float32",
         ["method", "T", "s", "ms per token", "peak MB", "KB per token"],
         [[x["method"], str(x["length"]), f"{x['seconds']:.2f}", f"{1e3 * x['seconds'] / x['length']:.2f}",
-          f"{x['peak_mb']:,.0f}", f"{1024 * x['peak_mb'] / x['length']:,.0f}"] for x in lengths],
+          f"{x['peak_mb']:,.0f}", f"{1024 * x['peak_mb'] / x['length']:,.0f}"] for x in found],
     )  # fmt: skip
-    known = [in_own_process(with_validation_rows, model, data, validation, count) for count in VALIDATION_ROWS]
+    return found
+
+
+def validation_part(model: str, data: str, validation: str) -> list[dict]:
+    found = [in_own_process(with_validation_rows, model, data, validation, count) for count in VALIDATION_ROWS]
     print_table(
         "validation rows",
         ["validation rows", "scoring a batch, s", "making the direction, s"],
-        [[str(x["validation_rows"]), f"{x['scoring_seconds']:.2f}", f"{x['direction_seconds']:.1f}"] for x in known],
+        [[str(x["validation_rows"]), f"{x['scoring_seconds']:.2f}", f"{x['direction_seconds']:.1f}"] for x in found],
     )
+    return found
+
+
+def rows_part(model: str, data: str, validation: str, rows: list[int]) -> list[dict]:
     runs: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rows, actors in [*((rows, 2) for rows in arguments.rows), (arguments.rows[-1], 1)]:
+        for count, actors in [*((count, 2) for count in rows), (rows[-1], 1)]:
             direction = runs[0]["direction"] if runs else None
-            runs.append(in_own_process(pipeline, model, data, direction, validation, rows, actors, folder))
+            runs.append(in_own_process(pipeline, model, data, direction, validation, count, actors, folder))
     for run in runs:
         del run["direction"]
     print_table(
@@ -145,10 +144,28 @@ def main() -> None:
         ["rows", "actors", "rows/s"],
         [[str(x["rows"]), str(x["actors"]), f"{x['rows_per_second']:.2f}"] for x in runs],
     )
-    write_result(
-        arguments.json,
-        {"model": model, "threads": torch.get_num_threads(), "lengths": lengths, "validation": known, "runs": runs},
-    )
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
+    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rest stays as FILE has it")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="128 or more: rates are of later shards")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    model, data, validation = arguments.model, arguments.data, arguments.validation
+    measure: dict[str, Callable[[], list[dict]]] = {
+        "lengths": lambda: lengths_part(model, data, arguments.lengths),
+        "validation": lambda: validation_part(model, data, validation),
+        "runs": lambda: rows_part(model, data, validation, arguments.rows),
+    }
+    found = json.loads(Path(arguments.json).read_text()) if arguments.json and Path(arguments.json).exists() else {}
+    found |= {name: measure[name]() for name in arguments.parts}
+    write_result(arguments.json, found | {"model": model, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

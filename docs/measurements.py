@@ -78,6 +78,39 @@ def _speed_predicted(results: dict[str, Any]) -> Rows:
     return rows + [[name, *(f"{found[name]:.2f}" for found in shapes.values())] for name in methods]
 
 
+def _growth_length(results: dict[str, Any]) -> Rows:
+    rows = [["one row, float32", "T", "s", "ms per token", "peak MB above the model", "KB per token"]]
+    for found in results["lengths"]:
+        tokens = found["length"]
+        speed = [f"{found['seconds']:.2f}", f"{1e3 * found['seconds'] / tokens:.2f}"]
+        rows.append([found["method"], str(tokens), *speed, f"{found['peak_mb']:,.0f}",
+                     f"{1024 * found['peak_mb'] / tokens:,.0f}"])  # fmt: skip
+    return rows
+
+
+def _growth_validation(results: dict[str, Any]) -> Rows:
+    rows = [["validation rows", "scoring a batch, s", "making the direction, s"]]
+    for found in results["validation"]:
+        seconds = (f"{found['scoring_seconds']:.2f}", f"{found['direction_seconds']:.1f}")
+        rows.append([str(found["validation_rows"]), *seconds])
+    return rows
+
+
+def _growth_rows(results: dict[str, Any]) -> Rows:
+    rows = [["rows", "actors, one core each", "rows/s"]]
+    return rows + [[str(x["rows"]), str(x["actors"]), f"{x['rows_per_second']:.2f}"] for x in results["runs"]]
+
+
+def _peers(results: dict[str, Any]) -> Rows:
+    sizes = "{rows} rows, {queries} queries, T = {length}, float32, all linear weights".format(**results)
+    rows = [[sizes, "s", "x forward pass", "peak MB above the model", "largest difference from forward mode"]]
+    for name, found in results["results"].items():
+        difference = f"{found['largest_difference']:.0e}" if "largest_difference" in found else ""
+        rows.append([name, f"{found['seconds']:.1f}", f"{found['x_forward']:.1f}", f"{found['peak_mb']:,.0f}",
+                     difference])  # fmt: skip
+    return rows
+
+
 def _in_run_speed(results: dict[str, Any]) -> Rows:
     rows = [[f"batch {results['batch_size']}", "s per step", "x plain SFT"]]
     return rows + [[name, f"{x['total']:.1f}", f"{x['ratio']:.2f}"] for name, x in results["results"].items()]
@@ -136,6 +169,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "speed": _speed,
     "speed_table": _speed_table,
     "speed_table-predicted": _speed_predicted,
+    "growth-length": _growth_length,
+    "growth-validation": _growth_validation,
+    "growth-rows": _growth_rows,
+    "peers": _peers,
     "padding": _padding,
     "in_run_speed": _in_run_speed,
     "rounds_speed": _rounds_speed,
