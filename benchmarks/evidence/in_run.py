@@ -27,6 +27,7 @@ class InRunJudge:
     def __init__(self, lab: "Lab", rule: Rule, scorer: Scorer, costs: Costs) -> None:
         self.lab, self.rule, self.scorer, self.costs = lab, rule, scorer, costs
         self.estimator, self.in_run = None, None
+        self.found: Weights = {}  # of the last step
         with Clock() as clock:
             self.held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation))
             if rule.shared:
@@ -40,7 +41,7 @@ class InRunJudge:
         """Takes the step; returns the weights that it found."""
         if self.estimator is not None:
             with Clock() as clock:
-                found = self._weights(part, score(self.estimator, part))
+                self.found = self._weights(part, score(self.estimator, part))
             self.costs.add("score", clock.cpu, clock.wall)
         with Clock() as clock:
             if self.in_run is not None:
@@ -48,9 +49,9 @@ class InRunJudge:
             elif self.estimator is None:
                 self.lab.trainer.step(part, lambda losses: self._weigh(part, losses, losses))
             else:
-                self.lab.trainer.step(part, [weight_of(row, found) for row in part])
+                self.lab.trainer.step(part, [weight_of(row, self.found) for row in part])
         self.costs.add("train", clock.cpu, clock.wall)
-        return found if self.estimator is not None else self.found
+        return self.found
 
     def _shared_gradient(self, part: list[Row]) -> float:
         """One forward pass for values and training."""
