@@ -1,13 +1,8 @@
 """Exports, trained on for a few steps by other stacks' own code: every step's loss is ours.
 
-Each stack runs in a process of its own, with the packages of tests/stacks/<stack>.txt before those of this environment;
-`./start test` installs them into .venv/stacks/<stack>. All rows are in every batch, so their order does not matter.
+Each stack runs in a process of its own (beside.py). All rows are in every batch, so their order does not matter.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +14,8 @@ from alphatoken.config import ExportConfig
 from alphatoken.schema import BRANCHES
 from pipelines.export import run_export
 from tests.masked_folder import pair_rows, sft_rows, write_masked, write_model
+from tests.stacks.beside import run_beside
 
-HERE = Path(__file__).parent
-INSTALLED = Path(sys.prefix, "stacks")
 STEPS, RATE, BETA = 3, 0.1, 0.1
 NAMES = {"axolotl": "axolotl", "llama-factory": "llama_factory", "torchtune": "torchtune", "verl": "verl"}
 
@@ -29,19 +23,7 @@ NAMES = {"axolotl": "axolotl", "llama-factory": "llama_factory", "torchtune": "t
 def losses_of(stack: str, model: str, folder: str, output: Path) -> list[float]:
     """Of the steps that the stack does on an exported folder."""
     name = NAMES[stack]
-    if not (INSTALLED / name).exists():
-        pytest.skip(f"{stack} is not installed: ./start test does it")
-    environment = os.environ | {
-        "PYTHONPATH": str(INSTALLED / name), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled",
-        "DISABLE_VERSION_CHECK": "1",  # LLaMA-Factory's: it runs beside newer packages than it names
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(HERE / f"run_{name}.py"), model, folder, str(output), str(STEPS)], env=environment,
-        cwd=output.parent, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_beside(name, f"run_{name}.py", [model, folder, str(output), str(STEPS)], output.parent)
 
 
 def exported(stack: str, rows: list[dict], model: str, folder: Path) -> str:

@@ -1,16 +1,12 @@
-"""--trunk-dtype int8 with torchao, which `./start test` installs into .venv/stacks/torchao."""
+"""--trunk-dtype int8 with torchao."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-INSTALLED = Path(sys.prefix, "stacks", "torchao")
+from tests.stacks.beside import run_beside
 
 
 def write_rows(path: Path, count: int) -> str:
@@ -25,16 +21,9 @@ def write_rows(path: Path, count: int) -> str:
 
 @pytest.mark.slow
 def test_values_are_those_of_the_rounded_weights(tiny_checkpoint, tmp_path):
-    if not INSTALLED.exists():
-        pytest.skip("torchao is not installed: ./start test does it")
     data, validation = write_rows(tmp_path / "data.jsonl", 12), write_rows(tmp_path / "validation.jsonl", 4)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "run_trunk.py"), str(tiny_checkpoint), data, validation, str(tmp_path / "scored")],
-        env=os.environ | {"PYTHONPATH": f"{INSTALLED}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    arguments = [str(tiny_checkpoint), data, validation, str(tmp_path / "scored")]
+    found = run_beside("torchao", "run_trunk.py", arguments, tmp_path)
     assert found["rounded"] == found["kept"] == 14  # two layers of four are scored, seven linear layers in each
     assert found["same_fingerprint"]
     for name in ("exact", "propagation"):
