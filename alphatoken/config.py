@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from alphatoken.credentials import refuse_secrets
 from alphatoken.targets import files_by_target
@@ -234,44 +234,6 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         """(minimum, maximum) number of scoring actors."""
         low, _, high = self.num_actors.partition(":")
         return int(low), int(high or low)
-
-
-class MaskConfig(StageConfig):
-    """Which scored tokens are kept. Needs no model and no GPU."""
-
-    input: str = Field(description="folder that `alphatoken score` wrote")
-    preset: Literal["paper"] | None = Field(None, description="paper: keep-fraction 0.5, stability-weight 1.5")
-    keep_fraction: float = Field(0.8, gt=0, le=1, description="share of response tokens to keep (the paper's rho)")
-    scope: Scope = Field("sequence", description="one threshold per response, or one for the whole data set")
-    min_value: FiniteFloat | None = Field(None, description="also drop tokens with a value below this")
-    drop_sequences: float = Field(
-        0.0, ge=0, lt=1, description="first drop this share of rows, the lowest by mean value"
-    )
-    protect: list[str] = Field([], description="token classes that are always kept, such as end-of-turn")
-    stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda")
-    target_weights: dict[str, FiniteFloat] = Field(
-        {},
-        description="of a folder scored for several targets: weights of their values in the sum, as target=weight; "
-        "default 1 each",
-    )
-    weights: bool = Field(False, description="also write soft weights: 1 where kept, by rank below 1 elsewhere")
-
-    @field_validator("target_weights", mode="before")
-    @classmethod
-    def _split_commas(cls, value: object) -> object:
-        """math=1,code=0.5 as one word is math=1 code=0.5."""
-        if not isinstance(value, dict) or not any(isinstance(item, str) and "," in item for item in value.values()):
-            return value
-        parts = [part.partition("=") for part in ",".join(f"{name}={item}" for name, item in value.items()).split(",")]
-        return {name: item for name, _, item in parts}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: dict) -> dict:
-        """A preset fills what was not given; what was given wins."""
-        if isinstance(values, dict) and values.get("preset") == "paper":
-            return {"keep_fraction": 0.5, "stability_weight": 1.5} | values
-        return values
 
 
 class ExportConfig(StageConfig):

@@ -90,11 +90,16 @@ def class_counts(token_ids: np.ndarray, keep: np.ndarray, plan: MaskPlan) -> np.
     """(C, 2) int64: response tokens and kept ones of each class; None where classes are not known."""
     if plan.class_of_token is None:
         return None
-    numbers = np.append(plan.class_of_token, np.int8(-1)).astype(np.int64)  # the last: ids beyond the table
-    classes = numbers[np.minimum(token_ids, len(plan.class_of_token))]
-    size = int(numbers.max()) + 1
+    classes = classes_of(token_ids, plan.class_of_token)
+    size = int(plan.class_of_token.max()) + 1
     parts = (classes[classes >= 0], classes[keep & (classes >= 0)])
     return np.stack([np.bincount(part, minlength=size) for part in parts], axis=1)
+
+
+def classes_of(token_ids: np.ndarray, class_of_token: np.ndarray) -> np.ndarray:
+    """int64 (N,): the class of each token; -1 for ids beyond the table."""
+    numbers = np.append(class_of_token, np.int8(-1)).astype(np.int64)
+    return numbers[np.minimum(token_ids, len(class_of_token))]
 
 
 def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
@@ -113,7 +118,7 @@ def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
 
 
 def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
-    """True (N,) for the response tokens that the bounds let through. Every row needs one."""
+    """True (N,) for the response tokens that the bounds let through."""
     _, values, response_mask = _values(table, plan, source)
     assert plan.bounds is not None and plan.class_of_token is not None
     found = losses_of(table, plan.class_of_token)
@@ -123,7 +128,7 @@ def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
 def losses_of(table: pa.Table, class_of_token: np.ndarray) -> TokenLosses:
     """What bounds are about, of a SCORED table."""
     response_mask = flat(table, "response_mask")
-    classes = class_of_token[flat(table, "input_ids")[response_mask]]
+    classes = classes_of(flat(table, "input_ids")[response_mask], class_of_token)
     lengths = selection.count_per_row(response_mask, offsets_of(table, "response_mask"))
     return TokenLosses(-flat(table, "logprobs")[response_mask].astype(np.float64), classes, lengths)
 

@@ -205,7 +205,7 @@ def _files(table: pa.Table) -> list[str]:
 
 def _settings(folder: str, manifest: dict) -> dict:
     """What the sliders begin with: the mask's own settings, or `mask`'s defaults."""
-    from alphatoken.config import MaskConfig
+    from alphatoken.mask_config import MaskConfig
 
     names = ("input", "keep_fraction", "stability_weight", "scope", "min_value", "protect")
     if manifest["stage"] == "mask":

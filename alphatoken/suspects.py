@@ -61,7 +61,13 @@ class Bounds:
     @classmethod
     def of(cls, validation: TokenLosses, judged: TokenLosses) -> "Bounds":
         """judged: everything that is judged together, such as a window or an optimizer step."""
-        return cls(loss_bounds(validation, judged), row_loss_bound(validation.losses, validation.offsets, ROW_WIDTH))
+        profile = LossProfile.of(validation)
+        return profile.bounds(counts_above(judged, profile.candidates))
+
+    def to_json(self, names: Sequence[str]) -> dict:
+        """By name of the class; without a bound: null."""
+        row, *tokens = (float(x) if np.isfinite(x) else None for x in (self.row, *self.tokens))
+        return {"row": row, "tokens": dict(zip(names, tokens, strict=True))}
 
     def keep(self, found: TokenLosses, values: np.ndarray | None = None) -> np.ndarray:
         """True (N,) for tokens that are not suspect, of rows that are not. Without values: not surprising."""
@@ -70,6 +76,44 @@ class Bounds:
         else:
             dropped = suspect_tokens(found.losses, values, found.classes, self.tokens)
         return ~dropped & ~np.repeat(suspect_rows(found.losses, found.offsets, self.row), found.lengths)
+
+
+@dataclass(frozen=True)
+class LossProfile:
+    """What bounds need to know of the validation rows: small, whatever their number."""
+
+    candidates: np.ndarray  # (C, Q), see candidate_bounds
+    counts: np.ndarray  # (C, 1 + Q), see counts_above
+    row: float  # bound of a row's mean loss
+
+    @classmethod
+    def of(cls, validation: TokenLosses) -> "LossProfile":
+        candidates = candidate_bounds(validation)
+        row = row_loss_bound(validation.losses, validation.offsets)
+        return cls(candidates, counts_above(validation, candidates), row)
+
+    def bounds(self, judged: np.ndarray) -> Bounds:
+        """judged: `counts_above` of everything that is judged together."""
+        return Bounds(bounds_from_counts(self.candidates, self.counts, judged), self.row)
+
+    def to_json(self) -> dict:
+        """By name of the class; classes without validation tokens are left out."""
+        classes = {
+            name: {"tokens": int(counts[0]), "bounds": candidates.tolist(), "above": counts[1:].tolist()}
+            for name, candidates, counts in zip(TOKEN_CLASS_NAMES, self.candidates, self.counts, strict=True)
+            if counts[0]
+        }
+        return {"classes": classes, "row": self.row if np.isfinite(self.row) else None}
+
+    @classmethod
+    def from_json(cls, found: dict, names: Sequence[str]) -> "LossProfile":
+        """names: of the token classes as they are numbered where the profile is used."""
+        candidates = np.full((len(names), len(QUANTILES)), np.nan)
+        counts = np.zeros((len(names), 1 + len(QUANTILES)), dtype=np.int64)
+        for number, name in enumerate(names):
+            if known := found["classes"].get(name):
+                candidates[number], counts[number] = known["bounds"], [known["tokens"], *known["above"]]
+        return cls(candidates, counts, np.inf if found["row"] is None else found["row"])
 
 
 def token_losses(batch: Batch, losses: torch.Tensor, class_of: torch.Tensor) -> TokenLosses:
@@ -91,22 +135,54 @@ def loss_bounds(
 ) -> np.ndarray:
     """float64 (C,): the bound of each class; infinity where nothing is in excess. least: default LEAST_EXCESS.
 
+    Losses that are not finite count for nothing.
+    """
+    candidates = candidate_bounds(validation, num_classes)
+    known, others = counts_above(validation, candidates), counts_above(judged, candidates)
+    return bounds_from_counts(candidates, known, others, least)
+
+
+def candidate_bounds(validation: TokenLosses, num_classes: int = len(TOKEN_CLASS_NAMES)) -> np.ndarray:
+    """float64 (C, Q): what the bound of each class may be, ascending; NaN without validation tokens of the class."""
+    found = np.full((num_classes, len(QUANTILES)), np.nan)
+    finite = np.isfinite(validation.losses)
+    for number in range(num_classes):
+        known = validation.losses[(validation.classes == number) & finite]
+        if len(known):
+            found[number] = np.quantile(known, QUANTILES)
+    return found
+
+
+def counts_above(found: TokenLosses, candidates: np.ndarray) -> np.ndarray:
+    """int64 (C, 1 + Q): finite losses of each class, then those above each candidate. Counts of parts add up."""
+    counts = np.zeros((candidates.shape[0], candidates.shape[1] + 1), dtype=np.int64)
+    finite = np.isfinite(found.losses)
+    for number, bounds in enumerate(candidates):
+        losses = found.losses[(found.classes == number) & finite]
+        counts[number] = [len(losses), *((losses > bound).sum() for bound in bounds)]
+    return counts
+
+
+def bounds_from_counts(
+    candidates: np.ndarray, validation: np.ndarray, judged: np.ndarray, least: float | None = None
+) -> np.ndarray:
+    """float64 (C,): the lowest candidate above which losses are in excess; infinity where there is none.
+
     k of n validation tokens lie above a loss: the expected share is (k + 1 + sqrt(k + 1)) / n, a standard deviation
-    above k / n, so that chance seldom makes an excess. Losses that are not finite count for nothing.
+    above k / n, so that chance seldom makes an excess. validation, judged: of `counts_above`. least: default
+    LEAST_EXCESS.
     """
     least = LEAST_EXCESS if least is None else least
-    bounds = np.full(num_classes, np.inf)
-    for number in range(num_classes):
-        known, others = (part.losses[part.classes == number] for part in (validation, judged))
-        others = others[np.isfinite(others)]
-        if min(len(known), len(others)) < FEWEST_TOKENS:
+    bounds = np.full(len(candidates), np.inf)
+    above = validation[:, 1:] + 1
+    for number in range(len(candidates)):
+        known, others = validation[number, 0], judged[number, 0]
+        if min(known, others) < FEWEST_TOKENS:
             continue
-        for bound in np.quantile(known, QUANTILES):
-            above = np.count_nonzero(known > bound) + 1
-            expected = (above + np.sqrt(above)) / len(known)
-            if np.count_nonzero(others > bound) / len(others) * (1 - least) >= expected:
-                bounds[number] = bound
-                break
+        expected = (above[number] + np.sqrt(above[number])) / known
+        in_excess = judged[number, 1:] / others * (1 - least) >= expected
+        if in_excess.any():
+            bounds[number] = candidates[number, in_excess.argmax()]
     return bounds
 
 
@@ -117,8 +193,8 @@ def row_loss_bound(losses: np.ndarray, offsets: np.ndarray, width: float = ROW_W
 
 
 def surprising_tokens(losses: np.ndarray, classes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """True (N,) where a loss is above the bound of its class."""
-    return losses > bounds[classes]
+    """True (N,) where a loss is above the bound of its class; a class below zero, of no known one, has none."""
+    return losses > np.append(bounds, np.inf)[classes]
 
 
 def suspect_tokens(losses: np.ndarray, values: np.ndarray, classes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -132,5 +208,9 @@ def suspect_rows(losses: np.ndarray, offsets: np.ndarray, bound: float) -> np.nd
 
 
 def row_means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """float64 (R,); every row has a response token."""
-    return np.add.reduceat(values.astype(np.float64), offsets[:-1]) / np.diff(offsets)
+    """float64 (R,); NaN for a row without a response token."""
+    lengths = np.diff(offsets)
+    filled = lengths > 0
+    means = np.full(len(lengths), np.nan)
+    means[filled] = np.add.reduceat(values.astype(np.float64), offsets[:-1][filled]) / lengths[filled]
+    return means

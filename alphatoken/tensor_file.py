@@ -35,6 +35,7 @@ class Provenance:
     options: dict = field(default_factory=dict)
     health: dict = field(default_factory=dict)  # of a direction: see direction_health.py
     central_step: float | None = None  # of a float32 direction: see Exact; so that all actors take the same
+    loss_profile: dict = field(default_factory=dict)  # of a direction: see suspects.LossProfile
 
     @property
     def targets(self) -> dict[str, dict]:

@@ -27,7 +27,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from alphatoken.config import MaskConfig, ScoreConfig
+from alphatoken.config import ScoreConfig
+from alphatoken.mask_config import MaskConfig
 from benchmarks.common import print_table, write_result
 from benchmarks.mask_speed import write_folder
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alphatoken import schema, storage
-from alphatoken.config import MaskConfig
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import MaskPlan, mask_table
 
 PROMPT, SHORTEST, LONGEST = 20, 50, 150

@@ -10,8 +10,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_data
 from alphatoken.generate_config import GenerateConfig, PairConfig
+from alphatoken.mask_config import MaskConfig
 from pipelines.generate import run_generate
 from pipelines.mask import run_mask
 from pipelines.pair import run_pair

@@ -10,7 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_rows
+from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_rows
+from alphatoken.mask_config import MaskConfig
 from alphatoken.report import report_page
 from alphatoken.report_data import report_data
 from pipelines.mask import run_mask

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from alphatoken import storage
-from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_rows
+from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_rows
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import flat
 from alphatoken.targets import target_column
 from pipelines.mask import run_mask

@@ -7,8 +7,9 @@ from typing import Any
 if __name__ == "__main__":  # `python jobs/demo.py` puts jobs/ first on the path; the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from alphatoken.config import EMBEDDED_MODEL, DemoConfig, MaskConfig, ScoreConfig, embedded_data, embedded_rows
+from alphatoken.config import EMBEDDED_MODEL, DemoConfig, ScoreConfig, embedded_data, embedded_rows
 from alphatoken.evaluate_config import EvaluateConfig
+from alphatoken.mask_config import MaskConfig
 from alphatoken.rounds_config import RoundsConfig
 from jobs import cli
 

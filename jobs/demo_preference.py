@@ -1,14 +1,15 @@
 """`alphatoken demo --preference`: prompts with checkable answers to a DPO-trained checkpoint, on the embedded model.
 
-    generate -> pair (verifier number) -> score -> mask -> train
+generate -> pair (verifier number) -> score -> mask -> train
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alphatoken.config import EMBEDDED_MODEL, DemoConfig, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, DemoConfig, ScoreConfig, embedded_data
 from alphatoken.generate_config import GenerateConfig, PairConfig
+from alphatoken.mask_config import MaskConfig
 from alphatoken.train_config import TrainConfig
 
 SAMPLES, TEMPERATURE, MAX_NEW_TOKENS = 6, 0.8, 48

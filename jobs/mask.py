@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `python jobs/mask.py` puts jobs/ first on the path; the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from alphatoken.config import MaskConfig
+from alphatoken.mask_config import MaskConfig
 from jobs import cli
 
 CONFIG = MaskConfig

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,7 @@ from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.suspects import LossProfile, TokenLosses
 from alphatoken.targets import files_by_target
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
@@ -34,7 +35,7 @@ from pipelines.encode import good_rows, make_encoder
 from pipelines.kept_sum import KeptSums, open_parts
 from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
 from pipelines.refused import Refused, died, reasons, report_refused, write_refused
-from pipelines.validation_rows import batch_of, batches_of, computed, validation_blocks
+from pipelines.validation_rows import batch_of, batches_of, computed, losses_of, validation_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def make_direction(
             ),
             "central_step": Exact(scoring, parameters, direction, method="central").central_step if moved else None,
         }
-    provenance = direction_provenance(run, about)
+    provenance = replace(direction_provenance(run, about), loss_profile=_loss_profile(list(gradients.values())))
     write_refused(path, "direction", [row for part in gradients.values() for row in part.refused])
     tensor_file.save(path, tensor_file.TensorFile(provenance, tensors))
     storage.remove_tree(folder.uri)
@@ -175,6 +176,13 @@ class _Gradients:
     halves: list[directions.GradientSum]
     found: directions.MeanGradient
     refused: list[Refused]
+    losses: TokenLosses | None  # of SFT
+
+
+def _loss_profile(parts: list[_Gradients]) -> dict:
+    """Of the validation rows of all targets, as JSON; empty for pairs."""
+    losses = [part.losses for part in parts if part.losses is not None]
+    return LossProfile.of(TokenLosses.joined(losses)).to_json() if losses else {}
 
 
 def _gradients(
@@ -206,7 +214,10 @@ def _gradients(
     except UserError as error:
         raise UserError(f"{error} {reasons(refused)}".strip()) from error
     report_refused("validation", mean.num_rows, refused)
-    return _Gradients(config, halves, mean, refused)
+    losses = None
+    if config.validation_objective == "sft":
+        losses = losses_of(scoring, config, encoder, killed)
+    return _Gradients(config, halves, mean, refused, losses)
 
 
 def _rows_in(batch: Batch) -> int:

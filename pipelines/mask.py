@@ -1,8 +1,8 @@
 """SCORED folder in, MASKED folder out: which response tokens are trained on. No model, no GPU.
 
-One Ray task per shard, one output shard per input shard, under the same name. For the data set scope and for dropped
-sequences, exact thresholds are found first, by passes that count (alphatoken/selection.py); what the driver holds does
-not grow with the data.
+One Ray task per shard, one output shard per input shard, under the same name. What all rows decide together (bounds of
+suspects, the data set's threshold, dropped sequences) is found first, by passes that count (mask_passes.py); what the
+driver holds does not grow with the data.
 """
 
 import logging
@@ -10,23 +10,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 
 from alphatoken import manifest as manifests
-from alphatoken import masking, schema, selection, storage
-from alphatoken.config import MaskConfig
+from alphatoken import masking, selection, storage
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import MaskPlan
-from alphatoken.pair_masking import Thresholds, mask_pair_table, pair_value_columns, pair_value_digits
+from alphatoken.pair_masking import Thresholds, mask_pair_table
 from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
+from alphatoken.suspects import LossProfile
 from alphatoken.targets import weights_of
-from pipelines import metrics
+from pipelines import mask_passes, metrics
 from pipelines.cluster import connect, user_errors
 
 STALE_WARNING = (
@@ -46,8 +45,8 @@ logger = logging.getLogger(__name__)
 def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     """Write the MASKED folder `config.output` and return its manifest. Resumes a run that was cut off.
 
-    Raises UserError where the input is not a finished SCORED folder, the output belongs to something else, or a token
-    class is unknown. `progress` is called after each shard.
+    Raises UserError where the input is not a finished SCORED folder or lacks what the rule needs, the output belongs to
+    something else, or a token class is unknown. `progress` is called after each shard.
     """
     started = time.monotonic()
     source, target = storage.absolute(config.input), storage.absolute(config.output)
@@ -58,21 +57,25 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     pairs = bool(scored.get("pairs"))
     if pairs and config.weights:
         raise UserError("--weights is for rows of SFT: DPO training knows no soft weights")
-    plan, class_names = _plan(config, source)
+    rule = rule_for(config, scored)
+    plan, class_names = _plan(config, source, rule)
     targets = weights_of(scored.get("targets", []), config.target_weights, config.input)
     plan = replace(plan, target_weights=targets)
     fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
-    logger.warning(STALE_WARNING)
+    if rule == "share":
+        logger.warning(STALE_WARNING)
 
     folder = RunFolder(target)
-    if folder.open(_identity(config, source, fingerprints), config.overwrite) == "finished":
+    if folder.open(_identity(config, source, rule, fingerprints), config.overwrite) == "finished":
         logger.info("%s is already finished", target)
         return folder.manifest()
     connect()
     with user_errors():
-        count_rows = partial(_count_all, shards, _droppable_digits, plan)
-        plan = masking.with_dropped_rows(plan, config.drop_sequences, count_rows)
-        thresholds = _thresholds(plan, shards, config, pairs)
+        if rule != "share":
+            profile = LossProfile.from_json(scored["loss_profile"], class_names)
+            plan = replace(plan, bounds=mask_passes.bounds(plan, shards, profile))
+        plan = mask_passes.with_dropped_rows(plan, shards, config.drop_sequences)
+        thresholds = mask_passes.thresholds(plan, shards, config.scope, pairs)
         _mask_shards(shards, plan, thresholds, folder, progress)
     _copy_token_classes(source, target)
     counts = _counts(folder)
@@ -87,7 +90,9 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         time.monotonic() - started,
         extra={
             # An infinite threshold stands for 'no token to choose from', and is not JSON.
-            "threshold": _finite(thresholds, pairs),
+            "threshold": mask_passes.finite(thresholds, pairs),
+            "rule": rule,
+            "bounds": None if plan.bounds is None else plan.bounds.to_json(class_names),
             "pairs": pairs,
             "kept_by_class": by_class,
             "workers": metrics.time_per_worker(folder.commits()),
@@ -99,18 +104,38 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     return result
 
 
-def _identity(config: MaskConfig, source: str, fingerprints: dict) -> dict:
+def rule_for(config: MaskConfig, scored: dict) -> str:
+    """share, suspect or surprising: what was asked for, or what suits a SCORED folder by its manifest. UserError where
+    the folder does not have what the rule needs.
+    """
+    lacks = None
+    if scored.get("pairs"):
+        lacks = "has preference pairs, whose rejected responses may well be surprising"
+    elif not scored.get("loss_profile"):
+        lacks = (
+            "knows no losses of validation rows: it was scored without a direction, or by an earlier version; score "
+            "again with --validation"
+        )
+    if config.rule == "auto":
+        return "share" if lacks or config.settings_of_share or config.preset else "suspect"
+    if config.rule != "share" and lacks:
+        raise UserError(f"--rule {config.rule} cannot be used: {config.input} {lacks}")
+    return config.rule
+
+
+def _identity(config: MaskConfig, source: str, rule: str, fingerprints: dict) -> dict:
     """What makes two runs the same: all that decides on the output, not where it lies."""
     excluded = {"output", "overwrite", "preset"} | (set() if config.target_weights else {"target_weights"})
-    settings = config.model_dump(mode="json", exclude=excluded)
-    return {"stage": "mask", "config": settings | {"input": source}, "fingerprints": fingerprints}
+    settings = config.model_dump(mode="json", exclude=excluded) | {"rule": rule, "input": source}
+    return {"stage": "mask", "config": settings, "fingerprints": fingerprints}
 
 
-def _plan(config: MaskConfig, source: str) -> tuple[MaskPlan, list[str]]:
+def _plan(config: MaskConfig, source: str, rule: str) -> tuple[MaskPlan, list[str]]:
     """The plan, and the names of the token classes that it numbers; a folder without a table of them has none."""
     plan = MaskPlan(config.keep_fraction, config.stability_weight, config.min_value, config.weights)
+    plan = replace(plan, bounds_and_value=rule != "surprising")
     table_uri = storage.join(source, "token_classes.parquet")
-    if not config.protect and not storage.exists(table_uri):
+    if not config.protect and rule == "share" and not storage.exists(table_uri):
         return plan, []
     table = storage.read_table(table_uri, ["token_id", "token_class"])
     classes = table["token_class"].unify_dictionaries().combine_chunks()
@@ -121,67 +146,6 @@ def _plan(config: MaskConfig, source: str) -> tuple[MaskPlan, list[str]]:
     if config.protect:
         plan = replace(plan, protected_classes=selection.class_numbers(config.protect, names))
     return replace(plan, class_of_token=class_of_token), names
-
-
-ROWS = "rows"  # the threshold's name where rows are not pairs; there each branch has one
-
-
-def _thresholds(plan: MaskPlan, shards: list[str], config: MaskConfig, pairs: bool) -> Thresholds:
-    """The data set's thresholds, by branch for pairs; empty where each response has its own. Passes over all shards."""
-    if config.scope != "dataset":
-        return {}
-    branches = {branch: partial(_pair_digits, branch) for branch in schema.BRANCHES}
-    digits_of = branches if pairs else {ROWS: _value_digits}
-    return {
-        name: masking.common_threshold(plan.keep_fraction, partial(_count_all, shards, digits, plan))
-        for name, digits in digits_of.items()
-    }
-
-
-def _finite(thresholds: Thresholds, pairs: bool) -> Any:
-    """The thresholds as JSON: of rows a number, of pairs by branch."""
-    finite = {name: value if np.isfinite(value) else None for name, value in thresholds.items()}
-    return (finite or None) if pairs else finite.get(ROWS)
-
-
-def _droppable_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return masking.droppable_digits(_read(shard, plan, masking.ROW_COLUMNS), plan)
-
-
-def _value_digits(shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return masking.value_digits(_read(shard, plan, masking.value_columns(plan)), plan, shard)
-
-
-def _pair_digits(branch: str, shard: str, plan: MaskPlan) -> list[np.ndarray]:
-    return pair_value_digits(_read(shard, plan, pair_value_columns()), plan, branch, shard)
-
-
-def _read(shard: str, plan: MaskPlan, columns: list[str] | None = None) -> pa.Table:
-    """A shard, or some columns of it, with targets combined as the plan says."""
-    wanted = None if columns is None else masking.with_targets(columns, plan.target_weights)
-    return masking.combined(storage.read_table(shard, wanted), plan.target_weights)
-
-
-def _count_all(shards: list[str], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]) -> np.ndarray:
-    """One pass over all shards: the histogram of the digit after `prefix`. A task sums over its shards."""
-    tasks = min(len(shards), 4 * int(ray.cluster_resources().get("CPU", 1)))
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=tasks)
-    counted = rows.map_batches(
-        _count_shards, batch_size=None, fn_kwargs={"digits_of": digits_of, "plan": plan, "prefix": prefix}
-    )
-    total = np.zeros(selection.BINS, dtype=np.int64)
-    for row in counted.iter_rows():
-        total += row["histogram"]
-    return total
-
-
-def _count_shards(
-    batch: dict[str, np.ndarray], digits_of: Callable, plan: MaskPlan, prefix: tuple[int, ...]
-) -> dict[str, np.ndarray]:
-    total = np.zeros((1, selection.BINS), dtype=np.int64)
-    for shard in batch["shard"]:
-        total[0] += selection.digit_histogram(digits_of(str(shard), plan), prefix)
-    return {"histogram": total}
 
 
 def _mask_shards(
@@ -204,11 +168,11 @@ def _mask_shards(
 def _mask_shard(row: dict[str, Any], plan: MaskPlan, thresholds: Thresholds, output: str) -> dict[str, Any]:
     """Read, mask and write one shard; only its name goes back to the driver."""
     started = time.monotonic()
-    table = _read(row["shard"], plan)
+    table = mask_passes.read(row["shard"], plan)
     if "chosen_ids" in table.column_names:
         result = mask_pair_table(table, plan, thresholds, row["shard"])
     else:
-        result = masking.mask_table(table, replace(plan, threshold=thresholds.get(ROWS)), row["shard"])
+        result = masking.mask_table(table, replace(plan, threshold=thresholds.get(mask_passes.ROWS)), row["shard"])
     name = storage.name_of(row["shard"])
     record = {
         "first_row_id": first_row_id_of(name),

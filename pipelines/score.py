@@ -74,10 +74,11 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
         if prepared.state == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
-        health = {}
+        known: dict = {"direction_health": {}}
         if prepared.direction_path:
-            health = tensor_file.read_provenance(prepared.direction_path, "direction").health
-            tell(health)
+            provenance = tensor_file.read_provenance(prepared.direction_path, "direction")
+            known = {"direction_health": provenance.health, "loss_profile": provenance.loss_profile}
+            tell(provenance.health)
         _write_token_classes(config, folder)
         _score_units(units, config, pairs, prepared.direction_path, folder, progress)
     counts = total_counts(folder)
@@ -85,7 +86,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
     workers = metrics.time_per_worker(folder.commits())
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
-        extra={"parameters": parameters, "pairs": pairs, "direction_health": health, "workers": workers}
+        extra={"parameters": parameters, "pairs": pairs, **known, "workers": workers}
         | ({"targets": targets} if targets else {}),
     )  # fmt: skip
     columns = storage.read_schema(storage.list_shards(folder.uri)[0])

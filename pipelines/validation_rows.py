@@ -1,6 +1,6 @@
 """Validation rows, or held-out pairs, in blocks and batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -9,14 +9,18 @@ import torch
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.encode import Encoded, Encoder
+from alphatoken.model import ScoringModel
 from alphatoken.pair_direction import pair_batch
 from alphatoken.pair_encode import EncodedPair, PairEncoder
 from alphatoken.sources import plan_units
+from alphatoken.suspects import TokenLosses, validation_losses
+from alphatoken.token_classes import class_of_ids
 from pipelines.encode import good_rows
 from pipelines.kept_sum import Block
 from pipelines.refused import Refused
 
 ROWS_IN_MEMORY = 256  # sorted by length at a time
+PROFILED_ROWS = 1024  # whose losses are looked at: more would hardly move a quantile
 
 
 def validation_blocks(
@@ -28,6 +32,16 @@ def validation_blocks(
     rows = islice(good_rows(plan_units(config.validation), encode, [] if half else refused), half, None, 2)
     while block := list(islice(rows, ROWS_IN_MEMORY)):
         yield block
+
+
+def losses_of(
+    scoring: ScoringModel, config: ScoreConfig | DirectionConfig, encoder: Encoder, killed: Collection[int]
+) -> TokenLosses:
+    """Losses of the first usable validation rows at the current weights. killed: row ids to pass over."""
+    usable = good_rows(plan_units(config.validation), encoder.encode, [])
+    rows = islice((encoded for row_id, encoded in usable if row_id not in killed), PROFILED_ROWS)
+    class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code))
+    return validation_losses(scoring, batches_of(config, list(rows), scoring.device), class_of)
 
 
 def batches_of(config: ScoreConfig | DirectionConfig, rows: list[Any], device: torch.device) -> Iterator[Batch]:

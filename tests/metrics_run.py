@@ -34,8 +34,9 @@ def watch(gauges: set[str], stop: threading.Event) -> None:
 
 
 def main(model: str, data: str, output: str) -> None:
-    from alphatoken.config import DirectionConfig, MaskConfig, ScoreConfig
+    from alphatoken.config import DirectionConfig, ScoreConfig
     from alphatoken.fisher_config import FisherConfig
+    from alphatoken.mask_config import MaskConfig
     from alphatoken.rounds_config import RoundsConfig
     from alphatoken.train_config import TrainConfig
     from pipelines.direction import run_direction

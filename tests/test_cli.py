@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from alphatoken.config import MaskConfig, ScoreConfig
+from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from jobs import cli, main
 from jobs.score import show_score
 
@@ -128,7 +129,7 @@ def test_results_and_exit_codes(capsys):
 def test_help_says_default_choices_and_required(capsys):
     assert cli.run(MaskConfig, lambda config: None, ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "share of response tokens to keep (the paper's rho) (default: 0.8)" in text
+    assert "part of the response tokens to keep (the paper's rho) (default: 0.8)" in text
     assert "(one of sequence, dataset; default: sequence)" in text
     assert "(required)" in text and "--weights, --no-weights" in text
 

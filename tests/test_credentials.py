@@ -4,9 +4,10 @@ import logging
 
 import pytest
 
-from alphatoken.config import MaskConfig, ScoreConfig
+from alphatoken.config import ScoreConfig
 from alphatoken.credentials import holds_secret
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from jobs import mask, score
 
 SECRET = "hush/123"

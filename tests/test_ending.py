@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from jobs import cli
 
 GIVEN = ["--input", "scored", "--output", "masked"]

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from alphatoken import storage
-from alphatoken.config import MaskConfig
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from alphatoken.run_folder import RunFolder
 from pipelines.cluster import user_errors
 from pipelines.mask import run_mask, unbalanced

@@ -14,9 +14,10 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alphatoken import schema, storage
-from alphatoken.config import EMBEDDED_MODEL, MaskConfig, ScoreConfig, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_data
 from alphatoken.errors import UserError
 from alphatoken.generate_config import GenerateConfig, PairConfig
+from alphatoken.mask_config import MaskConfig
 from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
 from pipelines.dry_run import dry_run

@@ -12,12 +12,16 @@ import torch
 from datasets import load_dataset
 
 from alphatoken import schema, storage, tensor_file
-from alphatoken.config import DataOptions, DirectionConfig, MaskConfig, ScoreConfig
+from alphatoken.batching import make_batch
+from alphatoken.config import DataOptions, DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.fisher_config import FisherConfig
+from alphatoken.mask_config import MaskConfig
 from alphatoken.model import load_model
 from alphatoken.scoring import build_estimator, score_columns
 from alphatoken.sources import plan_units, read_unit
+from alphatoken.suspects import LossProfile, validation_losses
+from alphatoken.token_classes import TOKEN_CLASS_NAMES, class_of_ids
 from pipelines.direction import run_direction
 from pipelines.dry_run import dry_run
 from pipelines.encode import make_encoder
@@ -223,6 +227,22 @@ def test_what_the_direction_is_worth_is_in_the_manifest(scored):
     assert sum(share["direction"] for share in health["class_shares"].values()) == pytest.approx(1)
     assert sum(share["tokens"] for share in health["class_shares"].values()) == pytest.approx(1)
     assert -1 <= health["agreement_of_halves"] <= 1
+
+
+def test_losses_of_validation_rows_are_in_the_manifest_and_mask_uses_them(scored, files, tmp_path):
+    config, manifest = scored
+    encoder, scoring = make_encoder(config.model, config), load_model(config.model)
+    rows = [encoder.encode(row.data) for unit in plan_units(config.validation) for row in read_unit(unit)]
+    batches = [make_batch([row.input_ids], [row.response_mask]) for row in rows]
+    expected = LossProfile.of(validation_losses(scoring, batches, torch.from_numpy(class_of_ids(config.model))))
+    found = LossProfile.from_json(manifest["loss_profile"], TOKEN_CLASS_NAMES)
+    np.testing.assert_allclose(found.candidates, expected.candidates, rtol=1e-5)
+    assert found.counts.tolist() == expected.counts.tolist() and found.counts[:, 0].sum() > 60
+    assert found.row == pytest.approx(expected.row)
+    masked = run_mask(MaskConfig(input=config.output, output=str(tmp_path / "masked")))
+    assert masked["rule"] == "suspect" and masked["bounds"]["row"] == found.row
+    assert masked["counts"]["rows_out"] == 60  # words are drawn alike: nothing is in excess
+    assert masked["counts"]["kept_fraction"] == 1
 
 
 def test_adam_preconditioner_uses_the_training_data(scored, tiny_checkpoint, files, tmp_path):

@@ -13,9 +13,10 @@ from tiny_models import random_rows, tiny_model
 from alphatoken import hidden_tangent, masking
 from alphatoken.architecture import decoder_layers, scored_parameters
 from alphatoken.batching import make_batch
-from alphatoken.config import DirectionConfig, MaskConfig, ScoreConfig
+from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import MaskPlan, mask_table
 from alphatoken.model import ScoringModel, prepare_model
 from alphatoken.pair_scoring import PairEstimator, score_pair_table
@@ -28,6 +29,7 @@ from alphatoken.values import Targets
 
 CPU = torch.device("cpu")
 SAME = 1e-6
+SAME_OF_EXPERTS = 1e-5  # their grouped kernel adds up in float32, in an order of its own on some CPUs
 NAMES = ("math", "code", "prose")
 
 
@@ -130,7 +132,7 @@ def test_where_a_pass_cannot_be_shared_each_target_takes_its_own(shared, monkeyp
         together = estimator(batch)
         for name, direction in found.items():
             alone = Exact(scoring, "last-layers:2", direction, method="forward")(batch)
-            assert_the_same(together.terms[f"adaptation.{name}"], alone.adaptation)
+            assert relative_error(together.terms[f"adaptation.{name}"], alone.adaptation) < SAME_OF_EXPERTS
         assert estimator.shared.possible == shared
 
 

@@ -8,8 +8,9 @@ from test_adapters import write_adapter
 from test_score_pipeline import write_rows
 
 from alphatoken import storage, tensor_file
-from alphatoken.config import DirectionConfig, MaskConfig, ScoreConfig
+from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import flat
 from alphatoken.model import load_model
 from alphatoken.pair_masking import branch_table
@@ -66,6 +67,9 @@ def test_columns_are_those_of_each_target_alone(scored, alone):
     health = manifest["direction_health"]
     assert health["targets"].keys() == {"math", "code"}
     assert all(sentence.startswith(("math: ", "code: ")) for sentence in health["concerns"])
+    words, of_math = (folder["loss_profile"]["classes"]["words"]["tokens"]
+                      for folder in (manifest, storage.read_json(f"{alone}/manifest.json")))  # fmt: skip
+    assert words > of_math > 0  # of both targets together
     card = storage.read_bytes(f"{config.output}/README.md").decode()
     assert "adaptation for the target `math` alone" in card
 

@@ -43,6 +43,7 @@ EXCESS_VARIANTS = {
     "in-run": {"in_run": True},
     "6 validation rows": {"known_rows": 6},
     "12 validation rows": {"known_rows": 12},
+    "once at the start": {"warmup": 0, "refresh": 48},
     "once at step 12": {"refresh": 48},
     "every 4 steps": {"refresh": 4},
     "K=3": {"signal": EXACT_3},
@@ -55,10 +56,14 @@ SHARED_RULES = [  # as `train --in-run` does: values from the training forward p
     replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, in-run, shared {name}", in_run=True, shared=True, signal=signal)
     for name, signal in SHARED.items()
 ]
+SURPRISING_ONCE = replace(
+    SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48
+)
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
     *SHARED_RULES,
+    SURPRISING_ONCE,
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),
@@ -93,6 +98,7 @@ VARIANTS = [
     with_validation(FRESH),
 ]
 IN_RUN = VARIANTS[0]
+ONCE = [rule for rule in VARIANTS if rule.excess is not None and ", once at" in rule.name]  # what `mask` can do
 
 
 @dataclass(frozen=True)
@@ -129,4 +135,4 @@ def runs(full: bool) -> Iterator[Run]:
     for seed in range(3 if full else 1):
         for name in ("tokens", "mixed"):
             yield from (run_of(name, seed, rule) for rule in (VARIANTS if full else VARIANTS[:SHORT_VARIANTS]))
-        yield from (run_of("clean", seed, rule) for rule in ([IN_RUN, *SHARED_RULES] if full else [IN_RUN]))
+        yield from (run_of("clean", seed, rule) for rule in ([IN_RUN, *SHARED_RULES, *ONCE] if full else [IN_RUN]))

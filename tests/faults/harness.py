@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from alphatoken.config import MaskConfig, ScoreConfig
+from alphatoken.config import ScoreConfig
+from alphatoken.mask_config import MaskConfig
 from jobs.cli import INTERRUPTED
 from pipelines.mask import run_mask
 from pipelines.score import run_score

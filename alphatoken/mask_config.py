@@ -1,0 +1,70 @@
+"""What `mask` can be told."""
+
+from typing import Literal
+
+from pydantic import Field, FiniteFloat, field_validator, model_validator
+
+from alphatoken.config import Scope, StageConfig
+
+Rule = Literal["auto", "share", "suspect", "surprising"]
+OF_SHARE = ("keep_fraction", "scope", "min_value", "drop_sequences")
+
+
+class MaskConfig(StageConfig):
+    """Which scored tokens are kept. Needs no model and no GPU."""
+
+    input: str = Field(description="folder that `alphatoken score` wrote")
+    preset: Literal["paper"] | None = Field(None, description="paper: keep-fraction 0.5, stability-weight 1.5")
+    rule: Rule = Field(
+        "auto",
+        description="share: a share of the tokens is kept, those of the highest values; suspect: all but tokens of a "
+        "negative value that surprise the model, where more do than validation tokens of their class, and rows that "
+        "surprise it as a whole; surprising: the same whatever the value; auto: suspect for rows that were scored "
+        "along a direction of validation rows, unless a setting of share is given",
+    )
+    keep_fraction: float = Field(
+        0.8, gt=0, le=1, description="rule share: part of the response tokens to keep (the paper's rho)"
+    )
+    scope: Scope = Field(
+        "sequence", description="rule share: one threshold per response, or one for the whole data set"
+    )
+    min_value: FiniteFloat | None = Field(None, description="rule share: also drop tokens with a value below this")
+    drop_sequences: float = Field(
+        0.0, ge=0, lt=1, description="rule share: first drop this share of rows, the lowest by mean value"
+    )
+    protect: list[str] = Field([], description="token classes that are always kept, such as end-of-turn")
+    stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda")
+    target_weights: dict[str, FiniteFloat] = Field(
+        {},
+        description="of a folder scored for several targets: weights of their values in the sum, as target=weight; "
+        "default 1 each",
+    )
+    weights: bool = Field(False, description="also write soft weights: 1 where kept, by rank below 1 elsewhere")
+
+    @field_validator("target_weights", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """math=1,code=0.5 as one word is math=1 code=0.5."""
+        if not isinstance(value, dict) or not any(isinstance(item, str) and "," in item for item in value.values()):
+            return value
+        parts = [part.partition("=") for part in ",".join(f"{name}={item}" for name, item in value.items()).split(",")]
+        return {name: item for name, _, item in parts}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: dict) -> dict:
+        """A preset fills what was not given; what was given wins."""
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            return {"keep_fraction": 0.5, "stability_weight": 1.5} | values
+        return values
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "MaskConfig":
+        if self.rule not in ("auto", "share") and (given := self.settings_of_share):
+            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of --rule share, not of {self.rule}")
+        return self
+
+    @property
+    def settings_of_share(self) -> list[str]:
+        """Those that were given."""
+        return [name for name in OF_SHARE if name in self.model_fields_set]
