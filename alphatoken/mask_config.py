@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from alphatoken.config import Scope, StageConfig
+from alphatoken.errors import UserError
 
 Rule = Literal["auto", "share", "suspect", "surprising"]
 OF_SHARE = ("keep_fraction", "scope", "min_value", "drop_sequences")
@@ -68,3 +69,22 @@ class MaskConfig(StageConfig):
     def settings_of_share(self) -> list[str]:
         """Those that were given."""
         return [name for name in OF_SHARE if name in self.model_fields_set]
+
+
+def rule_for(config: MaskConfig, scored: dict) -> str:
+    """share, suspect or surprising: what was asked for, or what suits a SCORED folder by its manifest. UserError where
+    the folder does not have what the rule needs.
+    """
+    lacks = None
+    if scored.get("pairs"):
+        lacks = "has preference pairs, whose rejected responses may well be surprising"
+    elif not scored.get("loss_profile"):
+        lacks = (
+            "knows no losses of validation rows: it was scored without a direction, or by an earlier version; score "
+            "again with --validation"
+        )
+    if config.rule == "auto":
+        return "share" if lacks or config.settings_of_share or config.preset else "suspect"
+    if config.rule != "share" and lacks:
+        raise UserError(f"--rule {config.rule} cannot be used: {config.input} {lacks}")
+    return config.rule

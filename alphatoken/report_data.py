@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from alphatoken import storage
 from alphatoken.errors import UserError
-from alphatoken.masking import flat
+from alphatoken.mask_config import MaskConfig, rule_for
+from alphatoken.masking import flat, losses_of
 from alphatoken.schema import BRANCHES
+from alphatoken.suspects import LossProfile, counts_above
 from alphatoken.token_classes import TOKEN_CLASS_NAMES, class_ids
 
 MOST_SHARDS = 32  # that rows are drawn from
@@ -77,7 +79,7 @@ def report_data(folder: str, num_rows: int, seed: int, group_by: str | None, com
         "classes": classes,
         "class_names": list(TOKEN_CLASS_NAMES),
         "pairs": pairs,
-        "settings": _settings(folder, manifest),
+        "settings": _settings(folder, manifest, table),
         "facts": _facts(folder, manifest, table.num_rows),
         "quarantine": quarantine_reasons(folder),
         "compared_with": compare,
@@ -203,15 +205,21 @@ def _files(table: pa.Table) -> list[str]:
     return [f"input file {row_id // ROW_NUMBERS + 1}" for row_id in table["row_id"].to_pylist()]
 
 
-def _settings(folder: str, manifest: dict) -> dict:
-    """What the sliders begin with: the mask's own settings, or `mask`'s defaults."""
-    from alphatoken.mask_config import MaskConfig
-
+def _settings(folder: str, manifest: dict, table: pa.Table) -> dict:
+    """What the sliders begin with: the mask's own settings, or `mask`'s defaults with bounds by the rows shown here."""
     names = ("input", "keep_fraction", "stability_weight", "scope", "min_value", "protect")
     if manifest["stage"] == "mask":
-        return {name: manifest["config"][name] for name in names} | {"threshold": manifest.get("threshold")}
-    defaults = MaskConfig(input=folder, output="-").model_dump(include=set(names))
-    return defaults | {"threshold": None}
+        stored = {name: manifest["config"][name] for name in names}
+        more = {name: manifest.get(name) for name in ("threshold", "bounds")}
+        return stored | more | {"rule": manifest.get("rule", "share"), "estimated": False}
+    defaults = MaskConfig(input=folder, output="-")
+    rule, bounds = rule_for(defaults, manifest), None
+    if rule != "share":
+        profile = LossProfile.from_json(manifest["loss_profile"], TOKEN_CLASS_NAMES)
+        losses = losses_of(table, class_ids(storage.read_table(storage.join(folder, "token_classes.parquet"))))
+        bounds = profile.bounds(counts_above(losses, profile.candidates)).to_json(TOKEN_CLASS_NAMES)
+    more = {"threshold": None, "bounds": bounds, "rule": rule, "estimated": True}
+    return defaults.model_dump(include=set(names)) | more
 
 
 def _facts(folder: str, manifest: dict, shown: int) -> list[list[str]]:

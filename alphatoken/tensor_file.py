@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from alphatoken.errors import UserError
 from alphatoken.retries import retried
 from alphatoken.run_folder import differences, different_run
-from alphatoken.storage import exists, filesystem
+from alphatoken.storage import exists, filesystem, is_local
 
 PROVENANCE_KEY = "alphatoken"
 
@@ -85,17 +85,18 @@ def _put(fs: fsspec.AbstractFileSystem, local: str, target: str) -> None:
 
 
 def load(path: str, kind: str) -> TensorFile:
-    """Read a file that `save` wrote.
+    """Read a file that `save` wrote. A local one is mapped: processes of a machine share its memory.
 
     Raises:
         UserError: it is missing, is not safetensors, was not written by us or is of another kind.
     """
     fs, source = _existing(path, kind)
+    if is_local(path):
+        return TensorFile(_read_provenance(source, path, kind), load_file(source))
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "tensors")
         retried(lambda: fs.get_file(source, local), path)
-        provenance = _read_provenance(local, path, kind)
-        return TensorFile(provenance, load_file(local))
+        return TensorFile(_read_provenance(local, path, kind), load_file(local))
 
 
 def read_provenance(path: str, kind: str) -> Provenance:

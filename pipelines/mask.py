@@ -19,7 +19,7 @@ import ray.data
 from alphatoken import manifest as manifests
 from alphatoken import masking, selection, storage
 from alphatoken.errors import UserError
-from alphatoken.mask_config import MaskConfig
+from alphatoken.mask_config import MaskConfig, rule_for
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import Thresholds, mask_pair_table
 from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
@@ -102,25 +102,6 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     columns = storage.read_schema(storage.list_shards(target)[0])
     folder.finish(result, manifests.data_card("mask", result, columns))
     return result
-
-
-def rule_for(config: MaskConfig, scored: dict) -> str:
-    """share, suspect or surprising: what was asked for, or what suits a SCORED folder by its manifest. UserError where
-    the folder does not have what the rule needs.
-    """
-    lacks = None
-    if scored.get("pairs"):
-        lacks = "has preference pairs, whose rejected responses may well be surprising"
-    elif not scored.get("loss_profile"):
-        lacks = (
-            "knows no losses of validation rows: it was scored without a direction, or by an earlier version; score "
-            "again with --validation"
-        )
-    if config.rule == "auto":
-        return "share" if lacks or config.settings_of_share or config.preset else "suspect"
-    if config.rule != "share" and lacks:
-        raise UserError(f"--rule {config.rule} cannot be used: {config.input} {lacks}")
-    return config.rule
 
 
 def _identity(config: MaskConfig, source: str, rule: str, fingerprints: dict) -> dict:

@@ -8,9 +8,9 @@ import pytest
 
 from alphatoken import schema, storage
 from alphatoken.errors import UserError
-from alphatoken.mask_config import MaskConfig
+from alphatoken.mask_config import MaskConfig, rule_for
 from alphatoken.suspects import FEWEST_TOKENS, LEAST_EXCESS, QUANTILES
-from pipelines.mask import rule_for, run_mask
+from pipelines.mask import run_mask
 from tests.scored_folder import CLASSES, END_OF_TURN, MANIFEST, scored_table, write_scored_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")

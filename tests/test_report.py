@@ -69,7 +69,11 @@ def test_settings_and_kept_tokens_of_a_masked_folder(tmp_path):
     manifest = {"stage": "mask", "created": "now", "counts": counts, "config": settings, "scored": scored}
     storage.write_json(manifest, f"{folder}/manifest.json")
     data = data_of(folder)
-    assert data["settings"] == settings | {"threshold": None}
+    known = {"threshold": None, "rule": "share", "bounds": None, "estimated": False}
+    assert data["settings"] == settings | known
+    bounds = {"row": 3.0, "tokens": {"words": None, "digits": 2.5}}
+    storage.write_json(manifest | {"rule": "suspect", "bounds": bounds}, f"{folder}/manifest.json")
+    assert data_of(folder)["settings"] == settings | known | {"rule": "suspect", "bounds": bounds}
     labels = np.concatenate(masked["labels"].to_numpy())
     inside = np.concatenate(masked["response_mask"].to_numpy())
     np.testing.assert_array_equal(unpack(data["columns"]["kept"], "<f4"), labels[inside] >= 0)

@@ -1,15 +1,17 @@
 """The report page in a real Chromium: it renders, masks as the library does, sends nothing, runs nothing of a row's."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from alphatoken import storage
-from alphatoken.masking import MaskPlan, mask_table
+from alphatoken.masking import MaskPlan, losses_of, mask_table
 from alphatoken.pair_masking import mask_pair_table
 from alphatoken.schema import BRANCHES
+from alphatoken.suspects import LossProfile, TokenLosses, counts_above, row_means
 from alphatoken.token_classes import TOKEN_CLASS_NAMES
 from jobs import report as job
 from tests.report_folders import HOSTILE, class_of_token, write_folder
@@ -118,6 +120,39 @@ def test_sliders_mask_rows_as_the_library_does(opened, tmp_path):
         count = sum(map(sum, expected))
         assert f"Keeps {count} of" in page.inner_text("#result")
         assert f"--keep-fraction {keep:g}" in page.inner_text("#command")
+
+
+def test_suspects_are_those_of_the_library(opened, tmp_path):
+    """Bounds are by the rows shown, here all of them; a row that is left out whole is struck out."""
+    folder = str(tmp_path / "scored")
+    table = write_folder(folder, rows=20)
+    losses = losses_of(table, class_of_token())
+    few = TokenLosses(losses.losses / 4, losses.classes, losses.lengths)  # so that a few classes are in excess
+    means = row_means(losses.losses, losses.offsets)
+    profile = replace(LossProfile.of(few), row=float(np.sort(means)[-2]))  # and the worst row
+    manifest = storage.read_json(f"{folder}/manifest.json") | {"loss_profile": profile.to_json()}
+    storage.write_json(manifest, f"{folder}/manifest.json")
+    page = opened(folder)
+    page.click("#more")
+    assert page.input_value("#rule") == "suspect" and page.locator("#keep").is_disabled()
+    bounds = profile.bounds(counts_above(losses, profile.candidates))
+    assert np.isfinite(bounds.tokens).any()
+    found = {}
+    for rule in ("suspect", "surprising"):
+        plan = MaskPlan(1, 1.5, class_of_token=class_of_token(), bounds=bounds, bounds_and_value=rule == "suspect")
+        masked = {row["row_id"]: row for row in mask_table(table, plan, "shard").data.to_pylist()}
+        expected = [
+            [row["row_id"] in masked and masked[row["row_id"]]["labels"][place] >= 0
+             for place, inside in enumerate(row["response_mask"]) if inside]
+            for row in table.to_pylist()
+        ]  # fmt: skip
+        page.select_option("#rule", rule)
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert shown_masks(page) == expected
+        assert f"--rule {rule} " in page.inner_text("#command") and "--scope" not in page.inner_text("#command")
+        assert "bounds by these rows alone" in page.inner_text("#result")
+        found[rule] = sum(map(sum, expected))
+    assert len(masked) < 20 and 0 < found["surprising"] < found["suspect"] < len(losses.losses)
 
 
 def test_sliders_mask_pairs_as_the_library_does(opened, tmp_path):

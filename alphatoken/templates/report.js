@@ -30,7 +30,7 @@ for (const row of rows) row.text = rowText(row).toLowerCase();
 
 const state = {
   keep: DATA.settings.keep_fraction, weight: DATA.settings.stability_weight, scope: DATA.settings.scope,
-  floor: DATA.settings.min_value, protect: new Set(DATA.settings.protect), shown: PAGE,
+  floor: DATA.settings.min_value, protect: new Set(DATA.settings.protect), rule: DATA.settings.rule, shown: PAGE,
 };
 const kept = new Uint8Array(tokens.length);
 let values = new Float32Array(tokens.length);
@@ -73,7 +73,23 @@ function datasetThresholds(from) {
   return found;
 }
 
+// Surprising and, of `suspect`, harmful tokens go; so do all of a row that is surprising as a whole.
+function fillUnsuspected(from, target) {
+  const { row, tokens: bounds } = DATA.settings.bounds;
+  for (const found of responses) {
+    let sum = 0;
+    for (let i = found.start; i < found.end; i++) sum -= columns.logprobs[i];
+    const whole = row === null || !(sum / (found.end - found.start) > row);
+    for (let i = found.start; i < found.end; i++) {
+      const bound = bounds[DATA.class_names[DATA.classes[tokens[i]]]] ?? Infinity;
+      const surprising = !isProtected(i) && -columns.logprobs[i] > bound;
+      target[i] = whole && !(surprising && (state.rule === "surprising" || from[i] < 0)) ? 1 : 0;
+    }
+  }
+}
+
 function fillMask(from, target) {
+  if (state.rule !== "share") return fillUnsuspected(from, target);
   const common = state.scope === "dataset" ? datasetThresholds(from) : null;
   const floor = state.floor === null ? -Infinity : float32(state.floor);
   for (const found of responses) {
@@ -358,8 +374,10 @@ function moveThrough(event) {
 // ---- settings
 
 function commandText() {
-  const folder = DATA.settings.input, parts = [`alphatoken mask --input ${folder} --output NEW-FOLDER`, `--keep-fraction ${state.keep}`, `--stability-weight ${state.weight}`, `--scope ${state.scope}`];
-  if (state.floor !== null) parts.push(`--min-value ${state.floor}`);
+  const share = state.rule === "share", folder = DATA.settings.input;
+  const parts = [`alphatoken mask --input ${folder} --output NEW-FOLDER`, `--rule ${state.rule}`, `--stability-weight ${state.weight}`];
+  if (share) parts.push(`--keep-fraction ${state.keep}`, `--scope ${state.scope}`);
+  if (share && state.floor !== null) parts.push(`--min-value ${state.floor}`);
   if (state.protect.size) parts.push(`--protect ${[...state.protect].join(" ")}`);
   return parts.join(" ");
 }
@@ -369,9 +387,11 @@ function refresh() {
   fillMask(values, kept);
   byId("keep-out").textContent = state.keep;
   byId("weight-out").textContent = state.weight;
-  const some = total(kept), estimated = state.scope === "dataset" && !(asStored() && DATA.settings.threshold !== null);
+  const share = state.rule === "share", some = total(kept);
+  for (const id of ["keep", "scope", "floor"]) byId(id).disabled = !share;
+  const estimated = share && state.scope === "dataset" && !(asStored() && DATA.settings.threshold !== null);
   byId("result").textContent = `Keeps ${some.toLocaleString("en")} of ${kept.length.toLocaleString("en")} response tokens shown here (${percent(some / kept.length)})` +
-    (estimated ? "; threshold estimated from these rows" : "");
+    (estimated ? "; threshold estimated from these rows" : !share && DATA.settings.estimated ? "; bounds by these rows alone" : "");
   byId("command").textContent = commandText();
   fill("classes", ["class", "tokens", "kept", ""], keptBy((_, i) => DATA.class_names[DATA.classes[tokens[i]]]));
   fill("groups", ["source", "tokens", "kept", ""], keptBy((one) => rows[one.row].group));
@@ -393,6 +413,8 @@ function start() {
   byId("weight").max = Math.max(10, 2 * state.weight);
   byId("weight").value = state.weight;
   byId("scope").value = state.scope;
+  byId("rule").value = state.rule;
+  byId("rule-choice").hidden = !DATA.settings.bounds;
   byId("floor").value = state.floor ?? "";
   for (const name of DATA.class_names) {
     const box = element("input", { type: "checkbox", value: name });
@@ -403,6 +425,7 @@ function start() {
   for (const name of new Set(rows.map((row) => row.group))) byId("group").append(element("option", { value: name }, name));
   byId("keep").addEventListener("input", (event) => { state.keep = Number(event.target.value); soon(); });
   byId("weight").addEventListener("input", (event) => { state.weight = Number(event.target.value); soon(); });
+  byId("rule").addEventListener("change", (event) => { state.rule = event.target.value; soon(); });
   byId("scope").addEventListener("change", (event) => { state.scope = event.target.value; soon(); });
   byId("floor").addEventListener("input", (event) => {
     const text = event.target.value.trim(), number = Number(text);

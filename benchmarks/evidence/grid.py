@@ -56,6 +56,9 @@ SHARED_RULES = [  # as `train --in-run` does: values from the training forward p
     replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, in-run, shared {name}", in_run=True, shared=True, signal=signal)
     for name, signal in SHARED.items()
 ]
+ONCE_PLAIN = replace(  # as `score` and `mask` do without an option
+    EXCESS_RULE, name=f"{EXCESS_RULE.name}, once at the start, no preconditioner", warmup=0, refresh=48, signal=PLAIN
+)
 SURPRISING_ONCE = replace(
     SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48
 )
@@ -63,6 +66,7 @@ VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
     *SHARED_RULES,
+    ONCE_PLAIN,
     SURPRISING_ONCE,
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
