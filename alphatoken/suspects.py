@@ -31,6 +31,11 @@ FEWEST_TOKENS = 30  # of a class, known and to be judged, below which its tokens
 QUANTILES = (0.9, 0.95, 0.975, 0.99)  # of validation losses: what a bound may be
 LEAST_EXCESS = 0.5  # share of the tokens above a bound that are not like validation tokens, as estimated
 ROW_WIDTH = 3.0
+FEW_ROWS = 12  # of validation: below, masks hurt in trials (docs/results/README.md)
+FEW_ROWS_WARNING = (
+    "only %d validation rows: in trial runs masks from 6 rows hurt as often as they helped, from 12 rows they helped "
+    "in five of six, from 24 in all; give at least 12, better 24 (docs/results/README.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,13 @@ class LossProfile:
     candidates: np.ndarray  # (C, Q), see candidate_bounds
     counts: np.ndarray  # (C, 1 + Q), see counts_above
     row: float  # bound of a row's mean loss
+    num_rows: int
 
     @classmethod
     def of(cls, validation: TokenLosses) -> "LossProfile":
         candidates = candidate_bounds(validation)
         row = row_loss_bound(validation.losses, validation.offsets)
-        return cls(candidates, counts_above(validation, candidates), row)
+        return cls(candidates, counts_above(validation, candidates), row, len(validation.lengths))
 
     def bounds(self, judged: np.ndarray) -> Bounds:
         """judged: `counts_above` of everything that is judged together."""
@@ -103,7 +109,7 @@ class LossProfile:
             for name, candidates, counts in zip(TOKEN_CLASS_NAMES, self.candidates, self.counts, strict=True)
             if counts[0]
         }
-        return {"classes": classes, "row": self.row if np.isfinite(self.row) else None}
+        return {"rows": self.num_rows, "classes": classes, "row": self.row if np.isfinite(self.row) else None}
 
     @classmethod
     def from_json(cls, found: dict, names: Sequence[str]) -> "LossProfile":
@@ -113,7 +119,7 @@ class LossProfile:
         for number, name in enumerate(names):
             if known := found["classes"].get(name):
                 candidates[number], counts[number] = known["bounds"], [known["tokens"], *known["above"]]
-        return cls(candidates, counts, np.inf if found["row"] is None else found["row"])
+        return cls(candidates, counts, np.inf if found["row"] is None else found["row"], found["rows"])
 
 
 def token_losses(batch: Batch, losses: torch.Tensor, class_of: torch.Tensor) -> TokenLosses:

@@ -141,6 +141,15 @@ def _fidelity(results: dict[str, Any]) -> Rows:
     return rows
 
 
+def _fidelity_steps(results: dict[str, Any]) -> Rows:
+    found = results["results"]
+    settings = next(iter(found.values()))
+    rows = [["rank correlation with the measured change (95% interval)", *settings]]
+    for name, by_setting in found.items():
+        rows.append([name, *("{spearman:.2f} ({low:.2f} to {high:.2f})".format(**x) for x in by_setting.values())])
+    return rows
+
+
 def _long_runs(results: dict[str, Any]) -> Rows:
     kinds = ("driver", "largest worker", "workers")
     found = results["results"]
@@ -178,6 +187,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "rounds_speed": _rounds_speed,
     "ray_overhead": _ray_overhead,
     "fidelity": _fidelity,
+    "fidelity_steps": _fidelity_steps,
     "long_runs": _long_runs,
     "plan_check": _plan_check,
 }

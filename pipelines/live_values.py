@@ -19,6 +19,7 @@ from alphatoken.prompts import check_prompt_source
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.row_count import count_rows
 from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.suspects import FEW_ROWS, FEW_ROWS_WARNING
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import BY_LOSS, BY_VALUE, TrainConfig
 from pipelines.direction import class_weight_table
@@ -28,7 +29,6 @@ from pipelines.refused import Refused, reasons, report_refused
 
 FILES_LENGTH = 2048  # of rows from files, where no --max-length is given
 BATCH_TOKENS = 4096  # of a validation batch
-FEW_ROWS = 12  # of validation: below, masks hurt in trials (docs/results/README.md)
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,7 @@ def _warn_of_few_rows(config: TrainConfig) -> None:
         return
     rows = count_rows(config.validation, FEW_ROWS)
     if rows is not None and rows < FEW_ROWS:
-        logger.warning(
-            "only %d validation rows: in trial runs masks from 6 rows hurt as often as they helped, from 12 rows they "
-            "helped in five of six, from 24 in all; give at least 12, better 24 (docs/results/README.md)", rows,
-        )  # fmt: skip
+        logger.warning(FEW_ROWS_WARNING, rows)
 
 
 def _check_layers(config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ from alphatoken.mask_config import MaskConfig, rule_for
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import Thresholds, mask_pair_table
 from alphatoken.run_folder import RunFolder, first_row_id_of, manifest_of, row_id_runs
-from alphatoken.suspects import LossProfile
+from alphatoken.suspects import FEW_ROWS, FEW_ROWS_WARNING, LossProfile
 from alphatoken.targets import weights_of
 from pipelines import mask_passes, metrics
 from pipelines.cluster import connect, user_errors
@@ -64,6 +64,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     fingerprints = {**scored["fingerprints"], "scored_manifest": manifests.fingerprint(scored)}
     if rule == "share":
         logger.warning(STALE_WARNING)
+    elif (rows := scored["loss_profile"]["rows"]) < FEW_ROWS:
+        logger.warning(FEW_ROWS_WARNING, rows)
 
     folder = RunFolder(target)
     if folder.open(_identity(config, source, rule, fingerprints), config.overwrite) == "finished":

@@ -38,7 +38,7 @@ def profile(random: np.random.Generator) -> dict:
         bounds = np.quantile(losses, QUANTILES)
         above = [int((losses > bound).sum()) for bound in bounds]
         classes[name] = {"tokens": number, "bounds": bounds.tolist(), "above": above}
-    return {"classes": classes, "row": 2.5}
+    return {"rows": 24, "classes": classes, "row": 2.5}
 
 
 def write_noisy(folder: str, rows_per_shard: tuple[int, ...], found: dict | None) -> pa.Table:
@@ -121,7 +121,7 @@ def test_masks_equal_the_definition(tmp_path, rule: str, caplog) -> None:
         if row["row_id"] == NOISY_ROW
     ]
     assert reason.startswith("suspect row")
-    assert "frozen" not in caplog.text
+    assert "frozen" not in caplog.text and "validation rows" not in caplog.text
 
 
 def test_shards_do_not_matter_and_protected_classes_have_no_bound(tmp_path) -> None:
@@ -138,8 +138,14 @@ def test_shards_do_not_matter_and_protected_classes_have_no_bound(tmp_path) -> N
     assert all(map(all, masked(protecting).values())) and NOISY_ROW not in masked(protecting)
 
 
+def test_few_validation_rows_are_told(tmp_path, caplog) -> None:
+    write_noisy(str(tmp_path / "scored"), (10,), profile(np.random.default_rng(2)) | {"rows": 11})
+    run_mask(MaskConfig(input=str(tmp_path / "scored"), output=str(tmp_path / "masked")))
+    assert "only 11 validation rows" in caplog.text
+
+
 def test_the_rule_that_suits_a_folder() -> None:
-    known = {"loss_profile": {"classes": {}, "row": None}}
+    known = {"loss_profile": {"rows": 24, "classes": {}, "row": None}}
 
     def config(**given) -> MaskConfig:
         return MaskConfig(input="i", output="o", **given)
