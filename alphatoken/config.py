@@ -196,7 +196,9 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
     terms: bool = Field(False, description="value_propagation: also write the paper's four terms")
     keep_columns: list[str] = Field([], description="input columns to carry into the output")
     num_actors: str = Field("1", pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$", description="N, or MIN:MAX to autoscale")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs of each actor; 0 scores on CPUs")
+    gpus_per_actor: float = Field(
+        0, ge=0, description="GPUs of each actor; 0 scores on CPUs; several hold the layers below the scored ones"
+    )
     cpus_per_actor: float = Field(1, gt=0, description="logical CPUs that each actor reserves")
     shard_tokens: int | None = Field(None, ge=1, description="about this many tokens per output shard; default by size")
     seed: int = Field(0, description="estimator random")
@@ -212,8 +214,9 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
                 raise ValueError(STABILITY_NEEDS)
             if self.reference_model and not self.fisher and self.objective == "sft":
                 raise ValueError(STABILITY_NEEDS)
-        elif self.trunk_dtype:
-            raise ValueError(f"--trunk-dtype is for exact and value_propagation; {self.estimator} scores no layers")
+        elif self.trunk_dtype or self.gpus_per_actor > 1:
+            what = "--trunk-dtype" if self.trunk_dtype else "--gpus-per-actor above 1"
+            raise ValueError(f"{what} is for exact and value_propagation; {self.estimator} scores no layers")
         if self.estimator == "excess_loss" and not self.reference_model:
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":

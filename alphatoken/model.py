@@ -8,13 +8,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alphatoken.adapters import base_of, is_adapter, with_adapter
-from alphatoken.architecture import check_adapter
+from alphatoken.architecture import check_adapter, decoder_layers
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.head import LossHead, check_head
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.readers import first_line
+from alphatoken.spread_trunk import SpreadTrunk
 
 FINGERPRINT_SAMPLES = 2**16  # elements read per tensor: enough to see any training step, quick on a large model
 
@@ -52,6 +53,7 @@ def load_model(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     trunk: QuantizedTrunk | None = None,
+    spread: SpreadTrunk | None = None,
 ) -> ScoringModel:
     """A causal LM from a folder or hub name, or an adapter folder's base model with the adapter in it, ready to score.
 
@@ -60,6 +62,7 @@ def load_model(
         dtype: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU.
         device: default: the GPU where there is one.
         trunk: what becomes of the layers that are not scored; default: nothing.
+        spread: over which devices they go, `device` being the first; default: all are on `device`.
 
     Raises:
         UserError: it cannot be loaded, its output head is of an unknown kind, or it has no such trunk.
@@ -76,8 +79,12 @@ def load_model(
         check_adapter(model, name)
     if trunk:
         model.checkpoint_fingerprint = fingerprint(model)
-        trunk.apply(model, device)
-    return prepare_model(model.to(device))
+        trunk.apply(model, spread.layer_devices(model) if spread else [device] * len(decoder_layers(model)))
+    if spread:
+        spread.apply(model)
+    else:
+        model.to(device)
+    return prepare_model(model)
 
 
 def _from_pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -31,8 +31,8 @@ class QuantizedTrunk:
         """None where nothing is asked for."""
         return cls(dtype, parameters or "") if dtype else None
 
-    def apply(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Quantise in place, one layer at a time on `device`: it never holds the whole model unquantised.
+    def apply(self, model: PreTrainedModel, devices: list[torch.device]) -> None:
+        """Quantise in place, one layer at a time on its device: none ever holds the whole model unquantised.
 
         Raises:
             UserError: there is no such trunk, it has no linear layer, or torchao is not installed.
@@ -52,6 +52,6 @@ class QuantizedTrunk:
             raise UserError(
                 f"--trunk-dtype {self.dtype} needs torchao: pip install 'alphatoken[quantize]'"
             ) from error
-        for layer in trunk:
+        for layer, device in zip(trunk, devices, strict=False):
             quantize_(layer, Int8WeightOnlyConfig(), device=device)
         logger.info("the first %d of %d layers have %s weights", first, len(decoder_layers(model)), self.dtype)

@@ -21,7 +21,7 @@ ray job submit --working-dir . -- python jobs/score.py \
 
 # Needs no GPU.
 ray job submit --working-dir . -- python jobs/mask.py \
-    --input "$BUCKET/scored" --output "$BUCKET/masked" --keep-fraction 0.8
+    --input "$BUCKET/scored" --output "$BUCKET/masked"
 
 ray job submit --working-dir . -- python jobs/report.py \
     --input "$BUCKET/masked" --output "$BUCKET/report.html"

@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder or hub name")
     parser.add_argument("--data", help="rows to score; default: 16 embedded ones")
-    parser.add_argument("--validation", help="rows of the target task; default: 8 embedded ones")
+    parser.add_argument("--validation", help="rows of the target task; default: 12 embedded ones")
     parser.add_argument("--output", default="runs/example-score", help="folder for everything that is written")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -33,12 +33,12 @@ def main() -> None:
         ScoreConfig(
             model=arguments.model,
             data=[arguments.data or embedded_rows("train.jsonl", 16, folder / "train.jsonl")],
-            validation=[arguments.validation or embedded_rows("validation.jsonl", 8, folder / "validation.jsonl")],
+            validation=[arguments.validation or embedded_rows("validation.jsonl", 12, folder / "validation.jsonl")],
             output=str(folder / "scored"),
         )
     )
-    # Other settings of the mask need no scoring: a mask is derived from stored values.
-    masked = run_mask(MaskConfig(input=str(folder / "scored"), output=str(folder / "masked"), keep_fraction=0.8))
+    # Drops suspects; other rules (keep_fraction=0.8) need no scoring either: a mask is derived from stored values.
+    masked = run_mask(MaskConfig(input=str(folder / "scored"), output=str(folder / "masked")))
     page = folder / "report.html"
     found = report_data(str(folder / "masked"), num_rows=200, seed=0, group_by=None, compare=None)
     page.write_text(report_page(found, str(folder / "masked")), encoding="utf-8")

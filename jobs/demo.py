@@ -118,6 +118,11 @@ def _show(config: DemoConfig, result: dict) -> None:
     console.print("green: training on the token helps the target; red: it hurts; struck out: dropped from the loss")
     rows, tokens = counts["rows_out"], counts["response_tokens"]
     console.print(f"kept {counts['kept_fraction']:.1%} of {tokens:,} response tokens in {rows} rows")
+    if counts["kept_fraction"] == 1:
+        console.print(
+            "nothing is suspect in these clean rows; drop the lowest fifth by value instead: "
+            f"alphatoken mask --input {config.output}/scored --output {config.output}/share --keep-fraction 0.8"
+        )
     console.print(f"token-masked data set: {result['masked']} (input_ids and labels: trainers take it as it is)")
     console.print(f"look further: alphatoken show {result['masked']}")
     if "measures" in result:

@@ -25,13 +25,14 @@ from alphatoken import storage, tensor_file, token_classes
 from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
-from alphatoken.model import default_device, fingerprint, load_model
+from alphatoken.model import ScoringModel, default_device, fingerprint, load_model
 from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
+from alphatoken.spread_trunk import SpreadTrunk
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
@@ -116,7 +117,13 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
             parameters = parameters or found
             if found != parameters:
                 raise UserError(f"{path} covers --parameters {found}, this run scores {parameters}; make it again")
-    return parameters or default_parameters(config.estimator)
+    parameters = parameters or default_parameters(config.estimator)
+    if config.gpus_per_actor > 1 and parameters in ("all", "all-linear"):
+        raise UserError(
+            f"--gpus-per-actor {config.gpus_per_actor:g}: several GPUs hold a model whose last layers are scored; "
+            f"--parameters {parameters} needs a GPU that holds it whole. Give --parameters last-layers:K"
+        )
+    return parameters
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,7 @@ def _prepare_task(
     config: ScoreConfig, parameters: str | None, pairs: bool, output: str, threads: int, counter: Any
 ) -> _Prepared:
     prepare_worker(threads)
-    device = default_device() if config.gpus_per_actor else torch.device("cpu")
-    trunk = QuantizedTrunk.of(config.trunk_dtype, parameters)
-    scoring = load_model(config.model, config.dtype, device, config.trust_remote_code, trunk)
+    scoring = _load(config, parameters)
     positions = config.positions_for(config.estimator)
     fingerprints = {"model": fingerprint(scoring.model), **input_fingerprints(config)}
     reference = load_reference(config, scoring) if pairs or config.validation_objective == "dpo" else None
@@ -160,6 +165,14 @@ def _prepare_task(
         if not storage.exists(path):
             make_direction(scoring, config, parameters, positions, path, reference, pairs, tick_of(counter))
     return _Prepared(state, fingerprints, path)
+
+
+def _load(config: ScoreConfig, parameters: str | None) -> ScoringModel:
+    """The model where this process is to score with it."""
+    device = default_device() if config.gpus_per_actor else torch.device("cpu")
+    trunk = QuantizedTrunk.of(config.trunk_dtype, parameters)
+    spread = SpreadTrunk.of(config.gpus_per_actor, parameters)
+    return load_model(config.model, config.dtype, device, config.trust_remote_code, trunk, spread)
 
 
 def input_fingerprints(config: ScoreConfig) -> dict:
@@ -247,14 +260,11 @@ class Scorer:
         prepare_worker(threads)
         self.config = config
         self.output = output
-        device = default_device() if config.gpus_per_actor else torch.device("cpu")
-        trunk = None
-        if config.trunk_dtype:
-            assert direction_path is not None  # the config saw to it
-            known = tensor_file.read_provenance(direction_path, "direction")
-            trunk = QuantizedTrunk.of(config.trunk_dtype, config.parameters or known.parameters)
-        self.scoring = load_model(config.model, config.dtype, device, config.trust_remote_code, trunk)
-        self.device = device
+        parameters = config.parameters
+        if direction_path:
+            parameters = parameters or tensor_file.read_provenance(direction_path, "direction").parameters
+        self.scoring = _load(config, parameters)
+        self.device = self.scoring.device
         self.estimator = build_estimator(config, self.scoring, direction_path)
         self.targets = targets_of(config, direction_path)
 

@@ -121,6 +121,8 @@ def test_masks_equal_the_definition(tmp_path, rule: str, caplog) -> None:
         if row["row_id"] == NOISY_ROW
     ]
     assert reason.startswith("suspect row")
+    card = storage.read_bytes(f"{output}/README.md").decode()
+    assert "Dropped are suspects" in card and ("value is negative" in card) == (rule == "auto") and "frozen" not in card
     assert "frozen" not in caplog.text and "validation rows" not in caplog.text
 
 

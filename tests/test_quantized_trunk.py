@@ -10,7 +10,7 @@ from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.quantized_trunk import QuantizedTrunk
 
-CPU = torch.device("cpu")
+CPU = [torch.device("cpu")] * 9
 
 
 def test_nothing_asked_for_is_nothing():

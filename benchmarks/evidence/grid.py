@@ -62,6 +62,10 @@ ONCE_PLAIN = replace(  # as `score` and `mask` do without an option
 SURPRISING_ONCE = replace(
     SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48
 )
+TWO_EPOCHS = [  # and a third: does a mask of the start hold?
+    replace(rule, name=f"{rule.name}, 112 steps", steps=112, refresh=112)
+    for rule in (FULL, ORACLE, ONCE_PLAIN)
+]
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
@@ -98,7 +102,7 @@ VARIANTS = [
     replace(FRESH, name="exact, worst 20%, directions of unit rows", signal=SEQUENCE),
     replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4),
     replace(SUSPECT, name="suspect tokens and rows, every 4 steps", refresh=4),
-    replace(FULL, name="full, 112 steps", steps=112),
+    *TWO_EPOCHS,
     with_validation(FRESH),
 ]
 IN_RUN = VARIANTS[0]

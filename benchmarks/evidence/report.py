@@ -4,13 +4,14 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.evidence.stats import gap_closed, mean_interval, paired
 
 FULL, ORACLE = "full", "oracle"
 ADDED = " + validation rows"
+LONG = ", 112 steps"  # compared with each other alone
 DEFAULT = "suspect tokens in excess and rows"
 
 
@@ -19,6 +20,7 @@ class Results:
     """Finished runs by set and rule name, then by seed."""
 
     runs: dict[str, dict[str, dict[int, dict]]]
+    long: dict[str, dict[str, dict[int, dict]]] = field(default_factory=dict)  # names without the ending LONG
 
     def losses(self, name: str, rule: str, step: int | None = None) -> dict[int, float]:
         """Held-out loss by seed, at the rule's own last step or at `step`."""
@@ -36,12 +38,13 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    runs: dict = defaultdict(lambda: defaultdict(dict))
+    runs, long = (defaultdict(lambda: defaultdict(dict)) for _ in range(2))
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
         setting = run["run"]
-        runs[setting["set"]][setting["rule"]["name"]][setting["seed"]] = run
-    return Results(runs)
+        name = setting["rule"]["name"]
+        (long if name.endswith(LONG) else runs)[setting["set"]][name.removesuffix(LONG)][setting["seed"]] = run
+    return Results(runs, long)
 
 
 Runs = dict[str, dict[int, dict]]  # finished runs of a study with one set, by rule name, then by seed
@@ -254,6 +257,24 @@ def number_of_rows(results: Results) -> str:
     return table(["validation rows", *columns], rows)
 
 
+def long_runs(results: Results) -> str:
+    """Rules of more than two epochs against full SFT of as many steps."""
+    long = Results(results.long)
+    rows = []
+    for name, rules in long.runs.items():
+        full = long.losses(name, FULL)
+        for rule in rules:
+            losses = long.losses(name, rule)
+            against = ["", "", ""]
+            if rule != FULL:
+                differences = paired(losses, full)
+                against = [difference(differences), wins(differences), share_closed(long, name, rule)]
+            dropped = percent(long.field(name, rule, "detection", "dropped"))
+            rows.append([name, rule, str(len(losses)), mean(losses), *against, dropped])
+    columns = ["set", "rule", "seeds", "held-out loss", "minus full SFT", "better in", "gap closed", "dropped"]
+    return table(columns, sorted(rows, key=lambda row: (row[0], row[3])))
+
+
 def share_closed(results: Results, name: str, rule: str) -> str:
     """Share of the oracle's gap over the seeds that all three have."""
     found = [results.losses(name, key) for key in (rule, FULL, ORACLE)]
@@ -273,7 +294,8 @@ def fill(text: str, blocks: dict[str, str]) -> str:
 
 def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
     """The tables that docs/results/README.md shows."""
-    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results)}
+    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results),
+              "long runs": long_runs(results)}  # fmt: skip
     for name in results.runs:
         blocks[f"validation rows, {name}"] = validation_rows(results, name)
         blocks[f"equal compute, {name}"] = equal_compute(results, name)

@@ -11,6 +11,7 @@ from alphatoken.config import ScoreConfig
 from alphatoken.exact import Exact
 from alphatoken.model import fingerprint, load_model
 from alphatoken.quantized_trunk import QuantizedTrunk
+from alphatoken.spread_trunk import SpreadTrunk
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.score import run_score
 
@@ -19,7 +20,9 @@ SCORED = "last-layers:2"
 
 def main(checkpoint: str, data: str, validation: str, output: str) -> None:
     plain = load_model(checkpoint, "float32")
-    quantized = load_model(checkpoint, "float32", trunk=QuantizedTrunk("int8", SCORED))
+    trunk, cpu = QuantizedTrunk("int8", SCORED), torch.device("cpu")
+    quantized = load_model(checkpoint, "float32", trunk=trunk)
+    spread = load_model(checkpoint, "float32", cpu, trunk=trunk, spread=SpreadTrunk((cpu, cpu), SCORED))
     found = {"same_fingerprint": fingerprint(plain.model) == fingerprint(quantized.model), "kept": 0, "rounded": 0}
     torch.manual_seed(0)
     rows = [torch.randint(5, 60, (length,)).tolist() for length in (9, 30, 17)]
@@ -33,7 +36,8 @@ def main(checkpoint: str, data: str, validation: str, output: str) -> None:
         propagation = ValuePropagation(model, SCORED, direction)
         return {"exact": exact(batch).adaptation, "propagation": propagation(batch).adaptation}
 
-    unrounded, rounded = values(plain), values(quantized)
+    unrounded, rounded, apart = values(plain), values(quantized), values(spread)
+    found["same_spread"] = all(torch.equal(rounded[name], apart[name]) for name in rounded)
     for ours, theirs in zip(decoder_layers(plain.model), decoder_layers(quantized.model), strict=True):
         for module, other in zip(ours.modules(), theirs.modules(), strict=True):
             if isinstance(module, torch.nn.Linear):

@@ -25,7 +25,7 @@ def test_values_are_those_of_the_rounded_weights(tiny_checkpoint, tmp_path):
     arguments = [str(tiny_checkpoint), data, validation, str(tmp_path / "scored")]
     found = run_beside("torchao", "run_trunk.py", arguments, tmp_path)
     assert found["rounded"] == found["kept"] == 14  # two layers of four are scored, seven linear layers in each
-    assert found["same_fingerprint"]
+    assert found["same_fingerprint"] and found["same_spread"]
     for name in ("exact", "propagation"):
         assert found[name] < 1e-4
         assert 1e-4 < found[f"{name}_moved"] < 0.5  # rounding did change them
