@@ -136,8 +136,6 @@ def _row(row: pa.Table) -> tuple[np.ndarray, np.ndarray, list[Response]]:
     """(all ids, which are response, the response) of a row of SFT."""
     mask, ids = flat(row, "response_mask"), flat(row, "input_ids")
     columns = {name: flat(row, name)[mask] for name in ("adaptation", "stability", "logprobs")}
-    if "labels" in row.column_names:
-        columns["kept"] = (flat(row, "labels")[mask] >= 0).astype(np.float32)
     return ids, mask, [("response", ids[mask], columns)]
 
 
@@ -146,8 +144,6 @@ def _pair(row: pa.Table) -> tuple[np.ndarray, np.ndarray, list[Response]]:
     found: list[Response] = []
     for branch in BRANCHES:
         columns = {name: flat(row, f"{branch}_{name}") for name in ("adaptation", "stability", "logprobs")}
-        if f"{branch}_mask" in row.column_names:
-            columns["kept"] = flat(row, f"{branch}_mask").astype(np.float32)
         found.append((branch, flat(row, f"{branch}_ids"), columns))
     prompt = flat(row, "prompt_ids")
     return prompt, np.zeros(len(prompt), dtype=bool), found

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine
-from benchmarks.evidence import forgetting_report, preference_report, report
+from benchmarks.evidence import forgetting_report, frozen_report, preference_report, report
 from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
@@ -153,6 +153,7 @@ class Work:
             report.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
         )
         blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
+        blocks |= {"frozen": frozen_report.frozen(results), "long runs": frozen_report.long_runs(results)}
         readme = self.output.parent / "README.md"
         if readme.exists():
             readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output) | blocks))

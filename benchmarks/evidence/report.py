@@ -257,24 +257,6 @@ def number_of_rows(results: Results) -> str:
     return table(["validation rows", *columns], rows)
 
 
-def long_runs(results: Results) -> str:
-    """Rules of more than two epochs against full SFT of as many steps."""
-    long = Results(results.long)
-    rows = []
-    for name, rules in long.runs.items():
-        full = long.losses(name, FULL)
-        for rule in rules:
-            losses = long.losses(name, rule)
-            against = ["", "", ""]
-            if rule != FULL:
-                differences = paired(losses, full)
-                against = [difference(differences), wins(differences), share_closed(long, name, rule)]
-            dropped = percent(long.field(name, rule, "detection", "dropped"))
-            rows.append([name, rule, str(len(losses)), mean(losses), *against, dropped])
-    columns = ["set", "rule", "seeds", "held-out loss", "minus full SFT", "better in", "gap closed", "dropped"]
-    return table(columns, sorted(rows, key=lambda row: (row[0], row[3])))
-
-
 def share_closed(results: Results, name: str, rule: str) -> str:
     """Share of the oracle's gap over the seeds that all three have."""
     found = [results.losses(name, key) for key in (rule, FULL, ORACLE)]
@@ -294,8 +276,7 @@ def fill(text: str, blocks: dict[str, str]) -> str:
 
 def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
     """The tables that docs/results/README.md shows."""
-    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results),
-              "long runs": long_runs(results)}  # fmt: skip
+    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results)}
     for name in results.runs:
         blocks[f"validation rows, {name}"] = validation_rows(results, name)
         blocks[f"equal compute, {name}"] = equal_compute(results, name)
