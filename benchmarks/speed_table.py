@@ -114,7 +114,7 @@ def show(found: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024], help="of SmolLM2; none: without it")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch of SmolLM2")
     parser.add_argument("--larger-tokens", type=int, default=512, help="of a batch of the larger shape; 0: without it")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
