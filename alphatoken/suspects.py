@@ -95,7 +95,7 @@ class LossProfile:
     @classmethod
     def of(cls, validation: TokenLosses) -> "LossProfile":
         candidates = candidate_bounds(validation)
-        row = row_loss_bound(validation.losses, validation.offsets)
+        row = row_loss_bound(validation.losses, validation.offsets, ROW_WIDTH)
         return cls(candidates, counts_above(validation, candidates), row, len(validation.lengths))
 
     def bounds(self, judged: np.ndarray) -> Bounds:
