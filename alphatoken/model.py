@@ -77,11 +77,12 @@ def load_model(
     if is_adapter(name):
         model = with_adapter(model, name)
         check_adapter(model, name)
+    places = spread.layer_devices(model) if spread else []
     if trunk:
         model.checkpoint_fingerprint = fingerprint(model)
-        trunk.apply(model, spread.layer_devices(model) if spread else [device] * len(decoder_layers(model)))
+        trunk.apply(model, places or [device] * len(decoder_layers(model)))
     if spread:
-        spread.apply(model)
+        spread.apply(model, places)
     else:
         model.to(device)
     return prepare_model(model)

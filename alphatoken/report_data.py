@@ -68,7 +68,8 @@ def report_data(folder: str, num_rows: int, seed: int, group_by: str | None, com
                 columns["other"] = other[index, branch]
             responses.append({"row": index, "branch": branch, "length": len(ids)})
             tokens.add(ids, columns)
-    texts, classes, vocabulary = _vocabulary(folder, [*tokens.ids, *(ids for ids, _ in orders)])
+    token_classes = storage.read_table(storage.join(folder, "token_classes.parquet"))
+    texts, classes, vocabulary = _vocabulary(token_classes, [*tokens.ids, *(ids for ids, _ in orders)])
     return {
         "rows": _rows(table, group_by),
         "orders": [{"ids": _packed(vocabulary(ids), "<i4"), "inside": _packed(mask, "u1")} for ids, mask in orders],
@@ -79,7 +80,7 @@ def report_data(folder: str, num_rows: int, seed: int, group_by: str | None, com
         "classes": classes,
         "class_names": list(TOKEN_CLASS_NAMES),
         "pairs": pairs,
-        "settings": _settings(folder, manifest, table),
+        "settings": _settings(folder, manifest, table, token_classes),
         "facts": _facts(folder, manifest, table.num_rows),
         "quarantine": quarantine_reasons(folder),
         "compared_with": compare,
@@ -175,9 +176,8 @@ def _other_values(folder: str, table: pa.Table, pairs: bool) -> dict[tuple[int, 
     return found
 
 
-def _vocabulary(folder: str, ids: list[np.ndarray]):
+def _vocabulary(table: pa.Table, ids: list[np.ndarray]):
     """(texts, class numbers, a function from token ids to places in these lists) of the token ids that occur."""
-    table = storage.read_table(storage.join(folder, "token_classes.parquet"))
     used = np.unique(np.concatenate(ids))
     texts = dict(zip(table["token_id"].to_pylist(), table["text"].to_pylist(), strict=True))
     numbers = class_ids(table)
@@ -201,7 +201,7 @@ def _files(table: pa.Table) -> list[str]:
     return [f"input file {row_id // ROW_NUMBERS + 1}" for row_id in table["row_id"].to_pylist()]
 
 
-def _settings(folder: str, manifest: dict, table: pa.Table) -> dict:
+def _settings(folder: str, manifest: dict, table: pa.Table, token_classes: pa.Table) -> dict:
     """What the sliders begin with: the mask's own settings, or `mask`'s defaults with bounds by the rows shown here."""
     names = ("input", "keep_fraction", "stability_weight", "scope", "min_value", "protect")
     if manifest["stage"] == "mask":
@@ -212,7 +212,7 @@ def _settings(folder: str, manifest: dict, table: pa.Table) -> dict:
     rule, bounds = rule_for(defaults, manifest), None
     if rule != "share":
         profile = LossProfile.from_json(manifest["loss_profile"], TOKEN_CLASS_NAMES)
-        losses = losses_of(table, class_ids(storage.read_table(storage.join(folder, "token_classes.parquet"))))
+        losses = losses_of(table, class_ids(token_classes))
         bounds = profile.bounds(counts_above(losses, profile.candidates)).to_json(TOKEN_CLASS_NAMES)
     more = {"threshold": None, "bounds": bounds, "rule": rule, "estimated": True}
     return defaults.model_dump(include=set(names)) | more

@@ -55,9 +55,9 @@ class SpreadTrunk:
         numbers = split(sizes[:first], _bytes(model) - sum(sizes[:first]), len(self.devices))
         return [self.devices[number] for number in numbers] + [self.devices[0]] * (len(layers) - first)
 
-    def apply(self, model: PreTrainedModel) -> None:
-        """Move the model, and have each layer be given what it needs on its device."""
-        layers, places = decoder_layers(model), self.layer_devices(model)
+    def apply(self, model: PreTrainedModel, places: list[torch.device]) -> None:
+        """Move the model, and have each layer be given what it needs on its device. places: of `layer_devices`."""
+        layers = decoder_layers(model)
         place_of = {inner: place for layer, place in zip(layers, places, strict=True) for inner in layer.modules()}
         moved: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():

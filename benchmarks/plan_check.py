@@ -26,7 +26,7 @@ from alphatoken.scoring import default_parameters
 from alphatoken.sources import plan_units
 from pipelines.direction import make_direction
 from pipelines.encode import EncodePlan, encode_units
-from pipelines.score import Scorer, run_score, shard_tokens
+from pipelines.score import ScorePlan, Scorer, run_score, shard_tokens
 
 LINES: dict[str, dict[str, Any]] = {
     "loss": {"estimator": "loss"},
@@ -43,7 +43,8 @@ def score_here(config: ScoreConfig, direction: str | None) -> dict:
     options = DataOptions(**config.model_dump(include=set(DataOptions.model_fields)))
     encoded = encode_units({"unit": np.arange(len(units))}, units, EncodePlan(config.model, False, options))
     table = pa.concat_tables(list(encoded))
-    peak = peak_mb_of(lambda: Scorer(config, direction, f"{config.output}-again", torch.get_num_threads())(table))
+    plan = ScorePlan(config, config.parameters, [], direction, f"{config.output}-again")
+    peak = peak_mb_of(lambda: Scorer(plan, torch.get_num_threads())(table))
     return {"bytes": peak * 2**20}
 
 

@@ -177,7 +177,6 @@ def _plan_check(results: dict[str, Any]) -> Rows:
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "speed": _speed,
     "speed_table": _speed_table,
-    "speed_table_1b": _speed_table,
     "speed_table-predicted": _speed_predicted,
     "growth-length": _growth_length,
     "growth-validation": _growth_validation,

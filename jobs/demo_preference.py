@@ -1,6 +1,6 @@
 """`alphatoken demo --preference`: prompts with checkable answers to a DPO-trained checkpoint, on the embedded model.
 
-generate -> pair (verifier number) -> score -> mask -> train
+    generate -> pair (verifier number) -> score -> mask -> train
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ One Ray task sums over several shards; the driver adds up small arrays.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -93,11 +93,8 @@ def _count_all(shards: list[str], count: CountShard) -> np.ndarray:
     tasks = min(len(shards), 4 * int(ray.cluster_resources().get("CPU", 1)))
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=tasks)
     counted = rows.map_batches(_count_shards, batch_size=None, fn_kwargs={"count": count})
-    return np.sum([row["counts"] for row in counted.iter_rows()], axis=0)
+    return reduce(np.add, (row["counts"] for row in counted.iter_rows()))
 
 
 def _count_shards(batch: dict[str, np.ndarray], count: CountShard) -> dict[str, np.ndarray]:
-    total = count(str(batch["shard"][0]))
-    for shard in batch["shard"][1:]:
-        total = total + count(str(shard))
-    return {"counts": total[None]}
+    return {"counts": reduce(np.add, (count(str(shard)) for shard in batch["shard"]))[None]}

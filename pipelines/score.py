@@ -76,14 +76,16 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
         known: dict = {"direction_health": {}}
+        targets: list[str] = []
         if prepared.direction_path:
             provenance = tensor_file.read_provenance(prepared.direction_path, "direction")
             known = {"direction_health": provenance.health, "loss_profile": provenance.loss_profile}
+            targets = list(provenance.targets) if parameters else []
             tell(provenance.health)
         _write_token_classes(config, folder)
-        _score_units(units, config, pairs, prepared.direction_path, folder, progress)
+        plan = ScorePlan(config, parameters, targets, prepared.direction_path, folder.uri)
+        _score_units(units, plan, pairs, folder, progress)
     counts = total_counts(folder)
-    targets = targets_of(config, prepared.direction_path)
     workers = metrics.time_per_worker(folder.commits())
     manifest = manifests.build_manifest(
         "score", config.model_dump(mode="json"), counts, prepared.fingerprints, time.monotonic() - started,
@@ -201,14 +203,21 @@ def _write_token_classes(config: ScoreConfig, folder: RunFolder) -> None:
     storage.write_table(table, storage.join(folder.uri, "token_classes.parquet"))
 
 
+@dataclass(frozen=True)
+class ScorePlan:
+    """What every actor is told."""
+
+    config: ScoreConfig
+    parameters: str | None  # what is scored; None for a baseline
+    targets: list[str]  # names of those that get columns of their own
+    direction_path: str | None
+    output: str
+
+
 def _score_units(
-    units: list[ReadUnit],
-    config: ScoreConfig,
-    pairs: bool,
-    direction_path: str | None,
-    folder: RunFolder,
-    progress: Progress | None,
+    units: list[ReadUnit], score_plan: ScorePlan, pairs: bool, folder: RunFolder, progress: Progress | None
 ) -> None:
+    config = score_plan.config
     finished = tuple((first, last) for first, last in folder.finished_row_ids())
     if finished:
         logger.info("resuming: %d rows were already scored", sum(last - first + 1 for first, last in finished))
@@ -220,7 +229,7 @@ def _score_units(
     scored = map_blocks(
         encoded_dataset(units, plan, BYTES_PER_TOKEN * shard_tokens(config, units)),
         PairScorer if pairs else Scorer,
-        fn_constructor_args=(config, direction_path, folder.uri, threads),
+        fn_constructor_args=(score_plan, threads),
         zero_copy_batch=True,
         compute=actor_pool(low, high, queued=config.gpus_per_actor > 0),
         num_cpus=config.cpus_per_actor,
@@ -246,27 +255,15 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
     return min(max(tokens // SHARDS, sorted_well, SMALLEST_SHARD), LARGEST_SHARD)
 
 
-def targets_of(config: ScoreConfig, direction_path: str | None) -> list[str]:
-    """Names of the targets that get columns of their own."""
-    if not direction_path or config.estimator not in ("exact", "value_propagation"):
-        return []
-    return list(tensor_file.read_provenance(direction_path, "direction").targets)
-
-
 class Scorer:
     """The scoring actor: model, direction and drift are loaded once."""
 
-    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
+    def __init__(self, plan: ScorePlan, threads: int) -> None:
         prepare_worker(threads)
-        self.config = config
-        self.output = output
-        parameters = config.parameters
-        if direction_path:
-            parameters = parameters or tensor_file.read_provenance(direction_path, "direction").parameters
-        self.scoring = _load(config, parameters)
+        self.config, self.output, self.targets = plan.config, plan.output, plan.targets
+        self.scoring = _load(plan.config, plan.parameters)
         self.device = self.scoring.device
-        self.estimator = build_estimator(config, self.scoring, direction_path)
-        self.targets = targets_of(config, direction_path)
+        self.estimator = build_estimator(plan.config, self.scoring, plan.direction_path)
 
     def __call__(self, block: pa.Table) -> dict[str, list]:
         """One block of encoded rows to one shard; refused rows pass through with their reason. Returns its counts."""
@@ -291,9 +288,9 @@ class Scorer:
 class PairScorer(Scorer):
     """The scoring actor for preference pairs, with the reference model where that is another one."""
 
-    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
-        super().__init__(config, direction_path, output, threads)
-        reference = load_reference(config, self.scoring)
+    def __init__(self, plan: ScorePlan, threads: int) -> None:
+        super().__init__(plan, threads)
+        reference = load_reference(plan.config, self.scoring)
         self.pair_estimator = PairEstimator(self.estimator, self.scoring, reference)
 
     def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:

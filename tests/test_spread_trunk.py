@@ -37,18 +37,26 @@ def test_layers_are_shared_out_in_order_and_evenly(seed: int) -> None:
     assert max(loads) <= share + count * max(sizes) / 2
 
 
+def spread_over(model, *devices: torch.device):
+    spread = SpreadTrunk(devices, PARAMETERS)
+    spread.apply(model, spread.layer_devices(model))
+    return model
+
+
+def direction_of(scoring) -> dict[str, torch.Tensor]:
+    """The same random one for the same shapes."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: p.shape for name, p in scored_parameters(scoring.model, PARAMETERS).items()}
+    return {name: torch.randn(shape, generator=generator).to(scoring.device) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_values_are_those_of_one_device(architecture: str) -> None:
     rows = make_batch(*random_rows(seed=1, count=3, longest=20))
     found = []
-    for spread in (None, SpreadTrunk((CPU, CPU), PARAMETERS)):
-        model = tiny_model(architecture)
-        if spread:
-            spread.apply(model)
+    for model in (tiny_model(architecture), spread_over(tiny_model(architecture), CPU, CPU)):
         scoring = prepare_model(model)
-        generator = torch.Generator().manual_seed(3)
-        shapes = {name: p.shape for name, p in scored_parameters(scoring.model, PARAMETERS).items()}
-        direction = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        direction = direction_of(scoring)
         estimators = [Exact(scoring, PARAMETERS, direction, method=method) for method in ("forward", "central")]
         estimators.append(ValuePropagation(scoring, PARAMETERS, direction))
         found.append([estimator(rows).adaptation for estimator in estimators])
@@ -57,8 +65,7 @@ def test_values_are_those_of_one_device(architecture: str) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    SpreadTrunk((CPU, CPU), PARAMETERS).apply(model)
+    model = spread_over(tiny_model("llama", tie_word_embeddings=True), CPU, CPU)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -85,7 +92,8 @@ for architecture in sys.argv[1:]:
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, mode.from_tensor(buffer))
     with mode:
-        SpreadTrunk(devices, "last-layers:1").apply(model)
+        spread = SpreadTrunk(devices, "last-layers:1")
+        spread.apply(model, spread.layer_devices(model))
         places = {parameter.device for parameter in model.parameters()}
         assert places == set(devices), places
         ids = torch.zeros(2, 9, dtype=torch.long, device=devices[0])
@@ -113,17 +121,12 @@ def test_layers_are_given_what_they_need_on_their_devices() -> None:
 def test_values_on_two_gpus() -> None:
     rows = make_batch(*random_rows(seed=1, count=3, longest=20))
     found = []
-    for gpus in (1, 2):
-        spread, model = SpreadTrunk.of(gpus, PARAMETERS), tiny_model("llama")
-        if spread:
-            spread.apply(model)
-        else:
-            model.to("cuda:0")
+    spread = SpreadTrunk.of(2, PARAMETERS)
+    assert spread is not None
+    for model in (tiny_model("llama").to("cuda:0"), spread_over(tiny_model("llama"), *spread.devices)):
         scoring = prepare_model(model)
-        generator = torch.Generator().manual_seed(3)
-        shapes = {name: p.shape for name, p in scored_parameters(scoring.model, PARAMETERS).items()}
-        direction = {name: torch.randn(shape, generator=generator).cuda() for name, shape in shapes.items()}
-        found.append(Exact(scoring, PARAMETERS, direction, method="forward")(rows.to(scoring.device)).adaptation)
+        exact = Exact(scoring, PARAMETERS, direction_of(scoring), method="forward")
+        found.append(exact(rows.to(scoring.device)).adaptation)
     assert relative_error(*found) < 1e-4
 
 
@@ -134,6 +137,6 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="64: above one GPU a whole number is needed"):
         SpreadTrunk.of(64, PARAMETERS)
     with pytest.raises(UserError, match="scores the first layer too.*last-layers:K"):
-        SpreadTrunk((CPU, CPU), "all-linear").apply(tiny_model("llama"))
+        SpreadTrunk((CPU, CPU), "all-linear").layer_devices(tiny_model("llama"))
     with pytest.raises(ValueError, match="--gpus-per-actor above 1 is for exact and value_propagation"):
         ScoreConfig(model="m", data=["d"], output="o", estimator="loss", gpus_per_actor=2)

@@ -153,7 +153,7 @@ class Work:
             report.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
         )
         blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
-        blocks |= {"frozen": frozen_report.frozen(results), "long runs": frozen_report.long_runs(results)}
+        blocks["frozen"] = frozen_report.frozen(results)
         readme = self.output.parent / "README.md"
         if readme.exists():
             readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output) | blocks))

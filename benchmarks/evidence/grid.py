@@ -49,6 +49,7 @@ EXCESS_VARIANTS = {
     "K=3": {"signal": EXACT_3},
     "value propagation K=3": {"signal": PROPAGATION_3},
     "no preconditioner": {"signal": PLAIN},
+    "once at the start, no preconditioner": {"warmup": 0, "refresh": 48, "signal": PLAIN},  # `score` and `mask`
 }
 SHORT_VARIANTS = 4  # the first ones
 SHARED = {"value propagation K=3": PUBLISHED, "exact K=3": replace(EXACT_3, preconditioner="none")}
@@ -56,21 +57,13 @@ SHARED_RULES = [  # as `train --in-run` does: values from the training forward p
     replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, in-run, shared {name}", in_run=True, shared=True, signal=signal)
     for name, signal in SHARED.items()
 ]
-ONCE_PLAIN = replace(  # as `score` and `mask` do without an option
-    EXCESS_RULE, name=f"{EXCESS_RULE.name}, once at the start, no preconditioner", warmup=0, refresh=48, signal=PLAIN
-)
 SURPRISING_ONCE = replace(
     SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48
 )
-TWO_EPOCHS = [  # and a third: does a mask of the start hold?
-    replace(rule, name=f"{rule.name}, 112 steps", steps=112, refresh=112)
-    for rule in (FULL, ORACLE, ONCE_PLAIN)
-]
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *(replace(SURPRISING_IN_RUN, name=f"{SURPRISING_IN_RUN.name}, {n} validation rows", known_rows=n) for n in (6, 12)),
     *SHARED_RULES,
-    ONCE_PLAIN,
     SURPRISING_ONCE,
     SUSPECT_IN_RUN,
     replace(SUSPECT, name="suspect tokens and rows, once at step 12", refresh=48),
@@ -102,7 +95,7 @@ VARIANTS = [
     replace(FRESH, name="exact, worst 20%, directions of unit rows", signal=SEQUENCE),
     replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4),
     replace(SUSPECT, name="suspect tokens and rows, every 4 steps", refresh=4),
-    *TWO_EPOCHS,
+    replace(FULL, name="full, 112 steps", steps=112),
     with_validation(FRESH),
 ]
 IN_RUN = VARIANTS[0]

@@ -4,14 +4,13 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.evidence.stats import gap_closed, mean_interval, paired
 
 FULL, ORACLE = "full", "oracle"
 ADDED = " + validation rows"
-LONG = ", 112 steps"  # compared with each other alone
 DEFAULT = "suspect tokens in excess and rows"
 
 
@@ -20,7 +19,6 @@ class Results:
     """Finished runs by set and rule name, then by seed."""
 
     runs: dict[str, dict[str, dict[int, dict]]]
-    long: dict[str, dict[str, dict[int, dict]]] = field(default_factory=dict)  # names without the ending LONG
 
     def losses(self, name: str, rule: str, step: int | None = None) -> dict[int, float]:
         """Held-out loss by seed, at the rule's own last step or at `step`."""
@@ -38,13 +36,12 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    runs, long = (defaultdict(lambda: defaultdict(dict)) for _ in range(2))
+    runs: dict = defaultdict(lambda: defaultdict(dict))
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
         setting = run["run"]
-        name = setting["rule"]["name"]
-        (long if name.endswith(LONG) else runs)[setting["set"]][name.removesuffix(LONG)][setting["seed"]] = run
-    return Results(runs, long)
+        runs[setting["set"]][setting["rule"]["name"]][setting["seed"]] = run
+    return Results(runs)
 
 
 Runs = dict[str, dict[int, dict]]  # finished runs of a study with one set, by rule name, then by seed
@@ -227,17 +224,14 @@ def detection(folder: Path) -> str:
 
 def summary(results: Results, fewest: int = 1) -> str:
     """Rules that ran on `fewest` seeds or more: held-out loss minus full SFT for every set, and the gap closed."""
-    names = [name for name in ("clean", "tokens", "mixed") if name in results.runs]
+    names = set_names(results)
     rules = [rule for rule in results.runs["tokens"] if rule != FULL and not rule.endswith(ADDED)]
     rows = []
     for rule in rules:
         cells = []
         for name in names:
-            full = results.losses(name, FULL)
-            differences = paired(results.losses(name, rule), full)
-            closed = share_closed(results, name, rule)
-            cells.append(difference(differences) + (f" ({closed})" if closed else ""))
-        if len(paired(results.losses("tokens", rule), results.losses("tokens", FULL))) >= fewest:
+            cells.append(with_share_closed(results, name, rule))
+        if len(against_full(results, "tokens", rule)) >= fewest:
             cpu = cost(results, "tokens", rule)
             rows.append([rule, *cells, cpu])
     return table(["held-out loss minus full SFT (gap closed)", *names, "CPU s train + score"], rows)
@@ -249,12 +243,28 @@ def number_of_rows(results: Results) -> str:
     for count, rule in ((6, f"{DEFAULT}, 6 validation rows"), (12, f"{DEFAULT}, 12 validation rows"), (24, DEFAULT)):
         cells = []
         for name in ("tokens", "mixed"):
-            differences = paired(results.losses(name, rule), results.losses(name, FULL))
+            differences = against_full(results, name, rule)
             cells += [difference(differences), share_closed(results, name, rule), wins(differences)]
         rows.append([str(count), *cells])
     about = ("minus full SFT", "gap closed", "better in")
     columns = [f"{name}: {what}" for name in ("tokens", "mixed") for what in about]
     return table(["validation rows", *columns], rows)
+
+
+def set_names(results: Results) -> list[str]:
+    """The sets that have runs, clean first."""
+    return [name for name in ("clean", "tokens", "mixed") if name in results.runs]
+
+
+def against_full(results: Results, name: str, rule: str) -> list[float]:
+    """Held-out loss minus that of full SFT, by seed."""
+    return paired(results.losses(name, rule), results.losses(name, FULL))
+
+
+def with_share_closed(results: Results, name: str, rule: str) -> str:
+    """Mean difference to full SFT, and in brackets the share of the oracle's gap where there is one."""
+    closed = share_closed(results, name, rule)
+    return difference(against_full(results, name, rule)) + (f" ({closed})" if closed else "")
 
 
 def share_closed(results: Results, name: str, rule: str) -> str:

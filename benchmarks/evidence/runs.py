@@ -97,9 +97,8 @@ class Lab:
             elif rule.in_run and (step - warmup) % rule.refresh == 0:
                 judge = InRunJudge(self, rule, scorer, costs)
             elif rule.choose != "all" and (step - warmup) % rule.refresh == 0:
-                window = {row.row_id: row for row in rows[step * size : (step + rule.refresh) * size]}  # each once
-                judged = [row for row in window.values() if row.row_id >= 0]
-                weights = self._weigh(rule, scorer, judged, costs, step == warmup)
+                window = rows[step * size : (step + rule.refresh) * size]
+                weights = self._weigh(rule, scorer, [row for row in window if row.row_id >= 0], costs, step == warmup)
             if rule.in_run:
                 weights = judge.train(part)
             else:

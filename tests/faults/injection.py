@@ -18,8 +18,7 @@ from unittest import mock
 import torch
 
 from alphatoken import retries, scoring, storage
-from alphatoken.config import ScoreConfig
-from pipelines.score import PairScorer, Scorer
+from pipelines.score import PairScorer, ScorePlan, Scorer
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,15 @@ def _fail_in_storage(faults: Faults) -> None:
 
 
 class FaultyScorer(Scorer):
-    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
-        start(output)
-        super().__init__(config, direction_path, output, threads)
+    def __init__(self, plan: ScorePlan, threads: int) -> None:
+        start(plan.output)
+        super().__init__(plan, threads)
 
 
 class FaultyPairScorer(PairScorer):
-    def __init__(self, config: ScoreConfig, direction_path: str | None, output: str, threads: int) -> None:
-        start(output)
-        super().__init__(config, direction_path, output, threads)
+    def __init__(self, plan: ScorePlan, threads: int) -> None:
+        start(plan.output)
+        super().__init__(plan, threads)
 
 
 def tell(output: str, faults: Faults | None) -> None:
