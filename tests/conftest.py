@@ -7,6 +7,11 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the tests marked `full`: minutes more, little new")
 
 
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # else xdist starts files with many tests first, however quick
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
     import torch
 

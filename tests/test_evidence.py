@@ -101,6 +101,12 @@ def test_rows_rule_mixes_ranks() -> None:
     ]
 
 
+def test_rows_go_first_and_then_tokens_of_the_rest() -> None:
+    rule = Rule("rows, then tokens", "rows", keep=0.75, token_keep=0.5)
+    weights = weights_of(rule, window([-9, 9, 1, 8, 7, 2, 6, 3], [2, 2, 2, 2]))  # row means 0, 4.5, 4.5, 4.5
+    assert weights.tolist() == [0, 0, 0, 1, 1, 0, 1, 0]
+
+
 def test_record_counts_dropped_noise() -> None:
     record = Record()
     row = Row(3, [1, 2, 3, 4], [False, True, True, True], [False, False, True, True], "numbers")

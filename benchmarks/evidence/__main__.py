@@ -3,8 +3,8 @@
     python -m benchmarks.evidence --data-dir DIR [--output docs/results/evidence] [--full] [--only training tables]
 
 DIR holds public data as JSON lines (see docs/results/README.md). A finished run is one file named by a hash of its
-settings; the same command goes on where it was stopped. Parts: training under noise, detection of noise, forgetting,
-preference pairs, tables.
+settings; the same command goes on where it was stopped. Parts: training under noise, detection of noise, problems
+solved, forgetting, preference pairs, tables.
 """
 
 import argparse
@@ -21,22 +21,25 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine
-from benchmarks.evidence import forgetting_report, frozen_report, preference_report, report
+from benchmarks.evidence import forgetting_report, found_report, frozen_report, preference_report, report
+from benchmarks.evidence.answers import AnswerCheck
 from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
-from benchmarks.evidence.grid import Run, runs
+from benchmarks.evidence.grid import EXCESS_RULE, FULL, ORACLE, Run, runs
 from benchmarks.evidence.preference import CLEAN_PAIR_RULES, PAIR_RULES, PairRule, Preference, PreferenceLab
 from benchmarks.evidence.rules import Rule
 from benchmarks.evidence.runs import Lab, Study
 
 logger = logging.getLogger("benchmarks.evidence")
-PARTS = ("training", "detection", "forgetting", "preference", "tables")
+PARTS = ("training", "detection", "answers", "forgetting", "preference", "tables")
 DETECTION = (("mixed", 0), ("tokens", 0))
+ANSWERED = (("tokens", 0, (None, FULL, ORACLE, EXCESS_RULE)),)  # None: the model as it was
+PROBLEMS = 192  # that each of those models is asked
 
 
 # Settings of a rule that came later: left out where they are None, so that older results stand
-LATER = ("excess", "shared")
+LATER = ("excess", "shared", "token_keep", "checkpoints")
 
 
 def settings_of(study: Study, run: Run) -> dict:
@@ -123,6 +126,32 @@ class Work:
             ),
         )
 
+    def answer(self) -> None:
+        """Problems solved after some of the training runs, which run once more for it."""
+        asked = cache(lambda: AnswerCheck(self.study.model, self.lab.source.encoder, self.lab.files["test"], PROBLEMS))
+
+        def solved(name: str, seed: int, rule: Rule | None) -> dict:
+            self.lab.trainer.reset()
+            if rule is not None:
+                self.lab.run(name, seed, rule, (), rule.steps, False)
+            asked().load(self.lab.scoring)
+            return asked().solved()
+
+        wanted = [(name, seed, rule) for name, seed, rules in ANSWERED for rule in rules]
+        self._missing(
+            "answers",
+            (
+                (
+                    {"study": asdict(self.study), "problems": PROBLEMS, "run": {
+                        "name": rule.name if rule else "before training", "set": name, "seed": seed,
+                        "rule": rule and rule_settings(rule),
+                    }},
+                    lambda case=(name, seed, rule): solved(*case),
+                )
+                for name, seed, rule in wanted
+            ),
+        )  # fmt: skip
+
     def _missing(self, folder: str, wanted: Iterable[tuple[dict, Callable[[], dict]]]) -> None:
         """wanted: (settings, what gives the result)."""
         found = [(settings, run, self.output / folder / f"{key_of(settings)}.json") for settings, run in wanted]
@@ -148,15 +177,17 @@ class Work:
         from benchmarks.evidence import plots  # matplotlib: the `dev` extra
 
         results = report.read_results(self.output / "trained")
-        (self.output / "tables.md").write_text(report.all_tables(results, self.output))
+        (self.output / "tables.md").write_text(report.all_tables(results))
         forgotten, preferred, clean = (
             report.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
         )
         blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
         blocks["frozen"] = frozen_report.frozen(results)
+        blocks["detection"] = found_report.detection(self.output)
+        blocks["answers"] = found_report.answers(self.output / "answers")
         readme = self.output.parent / "README.md"
         if readme.exists():
-            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results, self.output) | blocks))
+            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results) | blocks))
         if forgotten:
             plots.forgetting(forgotten, self.output / "forgetting.png")
         plots.differences(results, self.output / "differences.png", fewest=1)
@@ -188,6 +219,8 @@ def main() -> None:
         work.train(wanted)
     if "detection" in arguments.only:
         work.detect()
+    if "answers" in arguments.only:
+        work.answer()
     seeds = arguments.seeds or range(5 if arguments.full else 3)
     if "forgetting" in arguments.only:
         work.forget(seeds, arguments.rules, Forgetting())

@@ -29,7 +29,9 @@ class InRunJudge:
         self.estimator, self.in_run = None, None
         self.found: Weights = {}  # of the last step
         with Clock() as clock:
-            self.held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation))
+            self.held_out = None
+            if rule.is_calibrated:
+                self.held_out = scorer.values(Signal("loss"), held_out_order(scorer.validation))
             if rule.shared:
                 self.in_run = InRun(lab.scoring.model, rule.signal.name, rule.signal.parameters)
                 self.in_run.set_direction(scorer.direction(rule.signal))

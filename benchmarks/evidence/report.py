@@ -207,21 +207,6 @@ def choices(results: Results, name: str) -> str:
     return table(["rule", "seeds", "HellaSwag", "ARC challenge"], rows)
 
 
-def detection(folder: Path) -> str:
-    """AUROC of the signals, mean over checkpoints and files (one for each set and seed)."""
-    areas: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("detection-*.json")):
-        run = json.loads(path.read_text())
-        for signal, checkpoints in run["auroc"].items():
-            for checkpoint in checkpoints:
-                for key, value in checkpoint.items():
-                    if not math.isnan(value):
-                        areas[signal][f"{run['set']}: {key}"].append(value)
-    keys = sorted({key for found in areas.values() for key in found})
-    rows = [[s, *(f"{sum(v) / len(v):.2f}" if (v := found.get(k)) else "" for k in keys)] for s, found in areas.items()]
-    return table(["signal", *keys], rows)
-
-
 def summary(results: Results, fewest: int = 1) -> str:
     """Rules that ran on `fewest` seeds or more: held-out loss minus full SFT for every set, and the gap closed."""
     names = set_names(results)
@@ -284,9 +269,9 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
-def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
+def readme_blocks(results: Results) -> dict[str, str]:
     """The tables that docs/results/README.md shows."""
-    blocks = {"summary": summary(results), "detection": detection(folder), "number of rows": number_of_rows(results)}
+    blocks = {"summary": summary(results), "number of rows": number_of_rows(results)}
     for name in results.runs:
         blocks[f"validation rows, {name}"] = validation_rows(results, name)
         blocks[f"equal compute, {name}"] = equal_compute(results, name)
@@ -294,7 +279,7 @@ def readme_blocks(results: Results, folder: Path) -> dict[str, str]:
     return blocks
 
 
-def all_tables(results: Results, folder: Path) -> str:
+def all_tables(results: Results) -> str:
     """The whole document."""
     parts = ["# Tables\n\nWritten by `python -m benchmarks.evidence` from the JSON files beside this one.\n"]
     for name in sorted(results.runs):
@@ -308,6 +293,4 @@ def all_tables(results: Results, folder: Path) -> str:
             dropped_by(results, name, "dropped_by_class"),
         ]
     parts += ["## Multiple choice after training on the set mixed\n", choices(results, "mixed")]
-    if list(folder.glob("detection-*.json")):
-        parts += ["## Which signal finds the noise (AUROC)\n", detection(folder)]
     return "\n".join(parts)

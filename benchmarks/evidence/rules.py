@@ -60,6 +60,8 @@ class Rule:
     in_run: bool = False  # tokens are judged in the step that trains on them; `refresh` is of direction and bounds
     shared: bool | None = None  # in-run: values from the training forward pass
     known_rows: int | None = None  # validation rows that the rule may use; None: all
+    token_keep: float | None = None  # rows: of the tokens of the rows that stay, this share stays
+    checkpoints: tuple[int, ...] | None = None  # values are means over these steps of a plain run made before
 
     @property
     def is_calibrated(self) -> bool:
@@ -85,6 +87,8 @@ def weights_of(rule: Rule, window: Window) -> np.ndarray:
         return _token_weights(rule, window)
     if rule.choose == "rows":
         keep &= np.repeat(_best_rows(rule, values), np.diff(values.offsets))
+        if rule.token_keep is not None:
+            keep[keep] = _highest(values.value[keep], rule.token_keep)
     if rule.choose == "typical":
         keep &= np.repeat(typical_rows(rule, values, window.held_out), np.diff(values.offsets))
         if rule.token_quantile is not None or rule.excess is not None:
@@ -115,12 +119,17 @@ def _token_weights(rule: Rule, window: Window) -> np.ndarray:
     return keep.astype(np.float32)
 
 
+def _highest(values: np.ndarray, share: float) -> np.ndarray:
+    """bool, one a value: the highest `share` of them."""
+    values = values.astype(np.float32)
+    return values >= row_thresholds(values, np.array([0, len(values)]), share)[0]
+
+
 def _best_rows(rule: Rule, values: Values) -> np.ndarray:
     """R bool: the rows with the best score."""
     score = (1 - rule.loss_share) * ranks(row_means(values.value, values.offsets))
     score -= rule.loss_share * ranks(row_means(values.loss, values.offsets))
-    score = score.astype(np.float32)
-    return score >= row_thresholds(score, np.array([0, len(score)]), rule.keep)[0]
+    return _highest(score, rule.keep)
 
 
 def typical_rows(rule: Rule, values: Values, held_out: Values) -> np.ndarray:

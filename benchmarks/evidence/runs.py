@@ -88,15 +88,17 @@ class Lab:
         size = self.study.training.rows_per_step
         costs, record, losses, retention = Costs(), Record(), {}, {}
         warmup = min(rule.warmup, rule.steps)
-        self.start(rows, rule, warmup, costs)
         weights: dict[int, np.ndarray] = {}
+        if rule.checkpoints:
+            weights = self._weigh_averaged(rule, scorer, rows[: rule.steps * size], costs)
+        self.start(rows, rule, warmup, costs)
         for step in range(warmup, rule.steps):
             part = rows[step * size : (step + 1) * size]
             if rule.choose == "oracle":
                 weights = {row.row_id: (~row.response_noise).astype(np.float32) for row in part if row.row_id >= 0}
             elif rule.in_run and (step - warmup) % rule.refresh == 0:
                 judge = InRunJudge(self, rule, scorer, costs)
-            elif rule.choose != "all" and (step - warmup) % rule.refresh == 0:
+            elif rule.choose != "all" and not rule.checkpoints and (step - warmup) % rule.refresh == 0:
                 window = rows[step * size : (step + rule.refresh) * size]
                 weights = self._weigh(rule, scorer, [row for row in window if row.row_id >= 0], costs, step == warmup)
             if rule.in_run:
@@ -174,6 +176,21 @@ class Lab:
                 self.first_values[key] = (values, held_out, clock)
         costs.add("score", clock.cpu, clock.wall)
         return self.weights_by_row(rule, scorer, rows, values, held_out)
+
+    def _weigh_averaged(self, rule: Rule, scorer: Scorer, rows: list[Row], costs: Costs) -> dict[int, np.ndarray]:
+        """Weights by row id, from values that are means over checkpoints of plain training, whose cost is scoring's."""
+        size = self.study.training.rows_per_step
+        found = []
+        self.trainer.reset()
+        with Clock() as clock:
+            for step in range(max(rule.checkpoints) + 1):
+                if step in rule.checkpoints:
+                    found.append(scorer.values(rule.signal, rows))
+                if step < max(rule.checkpoints):
+                    self.trainer.step(rows[step * size : (step + 1) * size])
+        costs.add("score", clock.cpu, clock.wall)
+        values = replace(found[0], value=np.mean([part.value for part in found], axis=0))
+        return self.weights_by_row(rule, scorer, rows, values, None)
 
     def weights_by_row(
         self, rule: Rule, scorer: Scorer, rows: list[Row], values: Values, held_out: Values | None
