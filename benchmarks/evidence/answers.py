@@ -56,7 +56,7 @@ class AnswerCheck:
             input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in part])
             attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
             output = self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=LONGEST_ANSWER, do_sample=False,
+                input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=LONGEST_ANSWER, do_sample=False, use_cache=True,
                 pad_token_id=pad,
             )  # fmt: skip
             found += self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
