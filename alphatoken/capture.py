@@ -7,7 +7,7 @@ B rows, T positions, N response tokens.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from alphatoken.attention import AttentionInputs, recording
 from alphatoken.batching import Batch
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel
+from alphatoken.response_backward import response_backward
 
 
 @dataclass
@@ -59,13 +60,23 @@ def capture(
     *,
     attention_layers: frozenset[int] = frozenset(),
     token_weights: torch.Tensor | None = None,
+    responses_only: bool = False,
 ) -> Captured:
     """Run one batch. `token_weights` (N) scales each token's loss; losses are summed, never averaged.
+
+    responses_only: deltas are right from a row's first predicting position to its last, and cost less.
 
     Raises:
         UserError: a scored linear, or the attention of a layer in `attention_layers`, did not run.
     """
-    with torch.enable_grad(), capturing(linears) as (inputs, outputs), recording(set(attention_layers)) as attention:
+    first = min(linear.layer for linear in linears)
+    narrow = response_backward(scoring, batch, first) if responses_only else nullcontext()
+    with (
+        torch.enable_grad(),
+        narrow,
+        capturing(linears) as (inputs, outputs),
+        recording(set(attention_layers)) as attention,
+    ):
         hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         predicting = hidden[batch.predicting]
     check_all_ran(linears, outputs, attention_layers, attention)

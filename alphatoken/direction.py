@@ -175,8 +175,9 @@ def batch_gradient(
 def _gradient_of_linears(
     scoring: ScoringModel, batch: Batch, linears: list[ScoredLinear], weights: torch.Tensor | None, positions: str
 ) -> Tensors:
-    captured = capture(scoring, batch, linears, token_weights=weights)
-    where = batch.predicting if positions == "response" else (slice(None), slice(None))
+    responses_only = positions == "response"
+    captured = capture(scoring, batch, linears, token_weights=weights, responses_only=responses_only)
+    where = batch.predicting if responses_only else (slice(None), slice(None))
     result = {}
     for linear in linears:
         delta, h = captured.deltas[linear.name][where], captured.inputs[linear.name][where]

@@ -2,7 +2,8 @@
 
 Operations are those of matrix products, 2 per multiply-add; norms, activations and softmax are not counted, nor is a
 causal kernel's skipping of masked pairs, so attention is an upper bound. Summed over all batches, with P computed
-positions (padding included), A pairs of query and key, N response tokens, D hidden width, V vocabulary:
+positions (padding included), A pairs of query and key, N response tokens, S positions from each row's first response
+token to its last, D hidden width, V vocabulary:
 
     linear(layers)    = 2 P sum(d_in d_out)                         one product of each linear
     attention(layers) = 4 A heads head_width, per layer             scores, and their sum of values
@@ -18,9 +19,10 @@ Trunk: the layers below the first scored one. Suffix: the others. R directions (
     exact, forward mode     pass(trunk) + R 3 pass(suffix) + 2 head         x W', x' W and x W; head: logits, dl/dh;
                                                                             R 3 head where its weights are scored
       several targets       pass(trunk) + (1 + 2 R) pass(suffix) + 2 head   x W is shared
-    value_propagation       forward + head + linear(suffix) + 5/2 attention(suffix)                     backward pass
+    value_propagation       forward + head + S/P linear(suffix) + 5/2 attention(suffix)                 backward pass
                             + R 2 N (sum(d_in d_out) + d_in d_value) + half attention(suffix)           contraction
     direction               forward + head + 2 linear(suffix) + 5/2 attention(suffix), on validation rows
+      of value_propagation  forward + head + (S + N)/P linear(suffix) + 5/2 attention(suffix)
 
 The first scored layer's own inputs need no gradient: the few products that this saves are counted all the same.
 Forward mode and the contraction attend in causal blocks of queries (attention.py), A counted so.
@@ -105,7 +107,7 @@ class Method:
     wide_tangents: bool = False  # bfloat16 on a CPU without AMX: [W M] in float32 (tangent_linear.py)
     entropy: bool = False
     plain_passes: int = 0  # forward passes of the model beside its estimator: pairs by central difference
-    response_outer: bool = False  # the direction sums over response positions only
+    response_outer: bool = False  # the direction sums over response positions only, and goes back there only
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Work:
     batches: float = 0
     tokens: float = 0
     response_tokens: float = 0  # N
+    spans: float = 0  # S
     positions: float = 0  # P
     pairs: float = 0  # A: rows x length^2
     block_pairs: float = 0  # A, keys up to the end of each block of queries
@@ -134,10 +137,16 @@ class Work:
 
 
 def count_work(
-    lengths: Sequence[int], responses: Sequence[int], batch_tokens: int, block_tokens: int, window: int = 32
+    lengths: Sequence[int],
+    responses: Sequence[int],
+    batch_tokens: int,
+    block_tokens: int,
+    window: int = 32,
+    spans: Sequence[int] | None = None,
 ) -> Work:
     """The batches that scoring makes of rows with these lengths and numbers of response tokens, in this order.
 
+    spans: positions from the first response token to the last; default: rows have one response.
     block_tokens: rows are sorted by length within blocks of about so many tokens, as the shards of a run are.
     """
     total = dict.fromkeys((f.name for f in fields(Work)), 0)
@@ -148,6 +157,7 @@ def count_work(
             total["batches"] += 1
             total["tokens"] += sum(lengths[i] for i in rows)
             total["response_tokens"] += response
+            total["spans"] += sum((spans or responses)[i] for i in rows)
             total["positions"] += count * length
             total["pairs"] += count * length**2
             total["block_pairs"] += count * attended(length)
@@ -229,7 +239,7 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
         causal = attention_flops(model, suffix, work.block_pairs) / 2 + 2 * work.band_pairs * values
     products = sum(layer.products + (layer.value_products if method.window else 0) for layer in suffix)
     contraction = method.directions * 2 * work.response_tokens * products + causal
-    backward = linear + ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
+    backward = linear_flops(suffix, work.spans) + ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
     return total + forward_flops(model, work) + head + backward + contraction
 
 
@@ -237,7 +247,7 @@ def direction_flops(model: ModelShape, method: Method, work: Work) -> float:
     """The validation gradient of the scored weights; `work` is that of the validation rows."""
     suffix = model.layers[method.first_layer :]
     outer = linear_flops(suffix, work.response_tokens if method.response_outer else work.positions)
-    backward = linear_flops(suffix, work.positions)
+    backward = linear_flops(suffix, work.spans if method.response_outer else work.positions)
     backward += ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
     heads = 2 if method.every_parameter else 1
     return forward_flops(model, work) + heads * head_flops(model, work) + backward + outer

@@ -38,6 +38,7 @@ class Sequences:
 
     lengths: Sequence[int]
     responses: Sequence[int]  # response tokens
+    spans: Sequence[int]  # positions from the first response token to the last
     truncated: bool
 
 
@@ -52,6 +53,7 @@ class Survey:
     truncated: int  # rows
     lengths: list[int]  # of sequences, in the order of the data
     responses: list[int]
+    spans: list[int]
     seconds: float  # that encoding took
 
     @property
@@ -79,9 +81,12 @@ def sequence_encoder(model: str, options: DataOptions, trust_remote_code: bool, 
         if pairs:
             found = pair_encoder.encode(row)
             responses = [len(found.chosen_ids), len(found.rejected_ids)]
-            return Sequences([len(found.prompt_ids) + count for count in responses], responses, found.truncated)
+            lengths = [len(found.prompt_ids) + count for count in responses]
+            return Sequences(lengths, responses, responses, found.truncated)
         encoded = encoder.encode(row)
-        return Sequences([len(encoded.input_ids)], [sum(encoded.response_mask)], encoded.truncated)
+        responding = [position for position, is_response in enumerate(encoded.response_mask) if is_response]
+        span = responding[-1] - responding[0] + 1
+        return Sequences([len(encoded.input_ids)], [len(responding)], [span], encoded.truncated)
 
     return encode
 
@@ -137,5 +142,6 @@ def survey_rows(
         truncated=sum(row.truncated for row in sequences),
         lengths=[length for row in sequences for length in row.lengths],
         responses=[count for row in sequences for count in row.responses],
+        spans=[count for row in sequences for count in row.spans],
         seconds=time.perf_counter() - started,
     )

@@ -113,12 +113,16 @@ def _fit(
 def _fit_of(
     config: PlanConfig, run: PlannedRun, data: Survey, validation: Survey | None, block_tokens: int, batch_tokens: int
 ) -> _Fit:
-    work = count_work(data.lengths, data.responses, batch_tokens, block_tokens, config.window).scaled(data.scale)
+    work = count_work(
+        data.lengths, data.responses, batch_tokens, block_tokens, config.window, data.spans
+    ).scaled(data.scale)  # fmt: skip
     memory = run.memory(work, config.device == "cpu")
     if validation is None:
         return _Fit(batch_tokens, work, memory, None, 0.0)
     mean = sum(validation.lengths) / len(validation.lengths)
-    checked = count_work(validation.lengths, validation.responses, batch_tokens, int(mean * VALIDATION_ROWS))
+    checked = count_work(
+        validation.lengths, validation.responses, batch_tokens, int(mean * VALIDATION_ROWS), spans=validation.spans
+    )
     direction = direction_memory(run.model, run.method, checked, run.dtype)
     return _Fit(batch_tokens, work, memory, checked.scaled(validation.scale), direction)
 

@@ -4,7 +4,8 @@
     stability(p)  = the same with D in the place of G
 
 Values belong to positions p = t - 1, which predict token t. One forward pass, one backward pass through the scored
-layers, one matrix product per scored linear and direction: several targets share all but their products.
+layers (response_backward.py), one matrix product per scored linear and direction: several targets share all but their
+products.
 """
 
 import torch
@@ -72,7 +73,10 @@ class ValuePropagation:
         }
 
     def __call__(self, batch: Batch) -> TokenValues:
-        return self.values(capture(self.scoring, batch, self.linears, attention_layers=self.attention_layers), batch)
+        captured = capture(
+            self.scoring, batch, self.linears, attention_layers=self.attention_layers, responses_only=True
+        )
+        return self.values(captured, batch)
 
     @torch.no_grad()
     def values(self, captured: Captured, batch: Batch) -> TokenValues:

@@ -124,7 +124,7 @@ def _validation(config: ScoreConfig | DirectionConfig) -> Survey | None:
 
 def _prompts(reader: PromptReader) -> Callable[[dict], Sequences]:
     def encode(row: dict) -> Sequences:
-        return Sequences([len(reader.read(row).prompt_ids)], [0], False)
+        return Sequences([len(reader.read(row).prompt_ids)], [0], [0], False)
 
     return encode
 

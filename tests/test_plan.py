@@ -43,6 +43,7 @@ from alphatoken.plan_data import Sequences, sequence_encoder, survey_rows
 from alphatoken.plan_memory import actor_memory, copies_bytes, direction_memory
 from alphatoken.plan_model import meta_model, shape_of
 from alphatoken.plan_score import measured_matmul, plan_score
+from alphatoken.response_backward import response_span
 from alphatoken.sources import plan_units
 from alphatoken.value_propagation import ValuePropagation
 from jobs import cli, main
@@ -132,7 +133,7 @@ def test_each_row_is_as_likely_in_the_sample(tmp_path):
 
     def encode(row: dict) -> Sequences:
         seen.append(row["n"])
-        return Sequences([1], [1], False)
+        return Sequences([1], [1], [1], False)
 
     found = survey_rows(plan_units(files), encode, 200)
     assert (found.rows, found.sampled, found.largest_unit) == (400, 200, 300)
@@ -153,13 +154,15 @@ def test_padding_by_hand():
 def test_work_is_that_of_the_batches():
     ids, masks = random_rows(seed=5, count=60, longest=40)
     lengths, responses = [len(row) for row in ids], [sum(mask) for mask in masks]
-    work = count_work(lengths, responses, batch_tokens=128, block_tokens=10**6)
+    spans = [len(mask) - mask[::-1].index(True) - mask.index(True) for mask in masks]
+    work = count_work(lengths, responses, batch_tokens=128, block_tokens=10**6, spans=spans)
     batches = [
         make_batch([ids[i] for i in rows], [masks[i] for i in rows]) for rows in plan_batches(lengths, batch_tokens=128)
     ]
     assert work.batches == len(batches)
     assert work.positions == sum(batch.input_ids.numel() for batch in batches)
     assert work.response_tokens == sum(batch.num_response_tokens for batch in batches)
+    assert work.spans == sum(int(response_span(batch).sum()) for batch in batches)
     assert work.pairs == sum(batch.input_ids.numel() * batch.input_ids.shape[1] for batch in batches)
     assert work.scaled(2.5).positions == 2.5 * work.positions
     assert work.scaled(2.5).largest_positions == max(batch.input_ids.numel() for batch in batches)
@@ -239,6 +242,7 @@ def counted(call) -> float:
 @pytest.mark.parametrize(
     "kind, parameters",
     [("plain", "all-linear"), ("value_propagation", "last-layers:1"), ("value_propagation", "all-linear")]
+    + [("response direction", "last-layers:1"), ("response direction", "all-linear")]
     + [(kind, set_) for kind in ("central", "forward", "direction") for set_ in ("last-layers:1", "all-linear", "all")],
 )
 def test_operations_are_those_that_torch_counts(wide_model, quick_search, kind, parameters):
@@ -249,10 +253,11 @@ def test_operations_are_those_that_torch_counts(wide_model, quick_search, kind, 
     model = shape_of(wide_model.model, values=True)
     work = count_work([length] * 2, [length - length // 2] * 2, 10**6, 10**6)
     directions = {name: p.detach() for name, p in scored_parameters(wide_model.model, parameters).items()}
-    kind_of = "forward" if kind == "direction" else kind
-    method = Method(kind_of, first, directions=2, every_parameter=everything)
-    if kind == "direction":
-        options = GradientOptions(parameters)
+    of_responses = kind == "response direction"
+    kind_of = "forward" if kind.endswith("direction") else kind
+    method = Method(kind_of, first, directions=2, every_parameter=everything, response_outer=of_responses)
+    if kind.endswith("direction"):
+        options = GradientOptions(parameters, positions="response" if of_responses else "all")
         found = counted(lambda: mean_gradient(wide_model, [batch], options))
         expected = direction_flops(model, method, work)
     else:

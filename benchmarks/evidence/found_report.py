@@ -28,9 +28,7 @@ def answers(folder: Path) -> str:
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     rows = [
         [run["run"]["name"], run["run"]["set"], str(run["run"]["seed"]), str(run["problems"]),
-         f"{run['formed']:.1%}", f"{run['solved']:.1%}"]
+         f"{run['solved']:.1%} ± {2 * run['standard_error']:.1%}"]
         for run in sorted(runs, key=lambda run: run["solved"])
     ]  # fmt: skip
-    return table(["after", "set", "seed", "problems", "end in `#### number`", "solved"], rows)
-
-
+    return table(["after", "set", "seed", "problems", "solved (95%)"], rows)
