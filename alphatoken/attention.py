@@ -1,7 +1,7 @@
 """The attention function that scored models run with, and the banded, head-averaged attention of Eq. 9.
 
 Registered with transformers as "alphatoken". It is plain SDPA unless a context asks for more:
-- `recording(layers)` keeps queries and keys (after RoPE) of those layers, for value propagation's causal path;
+- `recording(layers)` keeps queries, keys (after RoPE) and values of those layers, for value propagation's causal path;
 - `differentiable()` uses matrix products and softmax in blocks of queries, which forward-mode AD can follow (fused
   kernels have no forward-mode rule); only where a tangent reaches the layer.
 
@@ -32,6 +32,7 @@ class AttentionInputs:
 
     query: torch.Tensor  # BHTD
     key: torch.Tensor  # BGTD
+    value: torch.Tensor  # BGTD
     mask: torch.Tensor | None  # B1TT bool or additive; None: causal
     scaling: float
     softcap: float | None
@@ -91,10 +92,10 @@ def attention_scores(inputs: AttentionInputs, start: int, stop: int, first_key: 
     return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
 
-def attend_in_blocks(inputs: AttentionInputs, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention BHTD from plain operations, memory linear in T for a fixed block. value: BGTD."""
+def attend_in_blocks(inputs: AttentionInputs) -> torch.Tensor:
+    """Softmax attention BHTD from plain operations, memory linear in T for a fixed block."""
     length = inputs.query.shape[2]
-    value = repeat_kv(value, inputs.query.shape[1] // value.shape[1])
+    value = repeat_kv(inputs.value, inputs.query.shape[1] // inputs.value.shape[1])
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
@@ -133,12 +134,12 @@ def attention_forward(
     if kwargs.get("position_bias") is not None:
         raise UserError(f"{type(module).__name__} uses position_bias in attention, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = AttentionInputs(query, key, attention_mask, scale, softcap, s_aux)
+    inputs = AttentionInputs(query, key, value, attention_mask, scale, softcap, s_aux)
     record = _recording.get()
     if record is not None and module.layer_idx in record.layers:
         record.inputs[cast(int, module.layer_idx)] = inputs
     if softcap is not None or s_aux is not None or (_differentiable.get() and _has_tangent(query, key, value)):
-        return attend_in_blocks(inputs, value).transpose(1, 2).contiguous(), None
+        return attend_in_blocks(inputs).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -10,7 +10,6 @@ import hashlib
 
 import torch
 
-from alphatoken.architecture import decoder
 from alphatoken.batching import Batch
 from alphatoken.head import HeadOutput
 from alphatoken.model import ScoringModel
@@ -20,8 +19,7 @@ from alphatoken.values import TokenValues
 @torch.no_grad()
 def forward_losses(scoring: ScoringModel, batch: Batch, entropy: bool = False) -> HeadOutput:
     """A plain forward pass with logits at predicting positions only."""
-    hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return scoring.head(hidden[batch.predicting], batch.targets, entropy=entropy)
+    return scoring.head(scoring.predicting_states(batch), batch.targets, entropy=entropy)
 
 
 class Baseline:

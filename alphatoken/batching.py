@@ -32,6 +32,13 @@ class Batch:
         return rows, labels
 
     @property
+    def span(self) -> torch.Tensor:
+        """BT bool: from each row's first predicting position to its last."""
+        predicts = torch.zeros_like(self.response_mask)
+        predicts[:, :-1] = self.response_mask[:, 1:]
+        return (predicts.cumsum(1) > 0) & (predicts.flip(1).cumsum(1).flip(1) > 0)
+
+    @property
     def targets(self) -> torch.Tensor:
         """N int64: the response tokens themselves."""
         return self.input_ids[:, 1:][self.response_mask[:, 1:]]

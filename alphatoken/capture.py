@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alphatoken.architecture import ScoredLinear, decoder
+from alphatoken.architecture import ScoredLinear
 from alphatoken.attention import AttentionInputs, recording
 from alphatoken.batching import Batch
 from alphatoken.errors import UserError
@@ -77,8 +77,7 @@ def capture(
         capturing(linears) as (inputs, outputs),
         recording(set(attention_layers)) as attention,
     ):
-        hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        predicting = hidden[batch.predicting]
+        predicting = scoring.predicting_states(batch)
     check_all_ran(linears, outputs, attention_layers, attention)
     head = scoring.head(predicting.detach(), batch.targets, gradient=True)
     gradient = head.hidden_gradient

@@ -22,7 +22,6 @@ from torch import nn
 from alphatoken.architecture import (
     ScoredLinear,
     ScoredTensor,
-    decoder,
     scored_linears,
     scored_parameters,
     scored_weights,
@@ -199,8 +198,7 @@ def _gradient_by_autograd(
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            predicting = hidden[batch.predicting]
+            predicting = scoring.predicting_states(batch)
         wide = torch.promote_types(scoring.dtype, torch.float32)
         head_gradient = torch.zeros_like(projection.weight, dtype=wide) if with_head else None
         head = scoring.head(
@@ -211,7 +209,9 @@ def _gradient_by_autograd(
             token_weights=weights,
         )
         assert head.hidden_gradient is not None
-        upstream = head.hidden_gradient if weights is None else head.hidden_gradient * weights[:, None].to(hidden.dtype)
+        upstream = head.hidden_gradient
+        if weights is not None:
+            upstream = upstream * weights[:, None].to(upstream.dtype)
         gradients = torch.autograd.grad(predicting, list(parameters.values()), upstream, allow_unused=True)
     finally:
         for parameter in parameters.values():

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from alphatoken.architecture import decoder, decoder_layers, first_scored_layer
+from alphatoken.architecture import decoder_layers, first_scored_layer
 from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
@@ -223,8 +223,7 @@ class Exact:
 
     def _losses(self, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
         with swapped_weights(self.scoring.model, weights), trunk:
-            hidden = decoder(self.scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            return self.scoring.head(hidden[batch.predicting], batch.targets).losses
+            return self.scoring.head(self.scoring.predicting_states(batch), batch.targets).losses
 
 
 @contextmanager

@@ -116,12 +116,11 @@ def _predicting(scoring: ScoringModel, batch: Batch, weights: Tensors, trunk: Tr
     """Final hidden states at the predicting positions with dual numbers as weights: ND."""
     with replaced_weights(scoring.model, weights), differentiable(), differentiable_experts(scoring.model), trunk:
         try:
-            hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            return scoring.predicting_states(batch)
         except NotImplementedError as error:
             raise UserError(
                 f"{_raising_module(scoring.model, error)} has no forward-mode derivative: use --method central"
             ) from error
-        return hidden[batch.predicting]
 
 
 def _raising_module(model: nn.Module, error: BaseException) -> str:

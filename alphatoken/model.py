@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alphatoken.adapters import base_of, is_adapter, with_adapter
 from alphatoken.architecture import check_adapter, decoder_layers
 from alphatoken.attention import NAME as ATTENTION
+from alphatoken.batching import Batch
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.head import LossHead, check_head
+from alphatoken.last_layer import local_linears, predicting_states
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.readers import first_line
 from alphatoken.spread_trunk import SpreadTrunk
@@ -26,6 +28,7 @@ class ScoringModel:
 
     model: PreTrainedModel
     head: LossHead
+    local: tuple[nn.Module, ...] = ()  # of last_layer.py
 
     @property
     def device(self) -> torch.device:
@@ -34,6 +37,10 @@ class ScoringModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.projection.weight.dtype
+
+    def predicting_states(self, batch: Batch) -> torch.Tensor:
+        """Final hidden states at the predicting positions: ND."""
+        return predicting_states(self.model, self.local, batch)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -109,7 +116,7 @@ def prepare_model(model: PreTrainedModel) -> ScoringModel:
     model.set_attn_implementation(ATTENTION)
     head = LossHead(model)
     check_head(model, head)
-    return ScoringModel(model, head)
+    return ScoringModel(model, head, local_linears(model))
 
 
 def fingerprint(model: nn.Module) -> str:

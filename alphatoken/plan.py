@@ -5,7 +5,8 @@ causal kernel's skipping of masked pairs, so attention is an upper bound. Summed
 positions (padding included), A pairs of query and key, N response tokens, S positions from each row's first response
 token to its last, D hidden width, V vocabulary:
 
-    linear(layers)    = 2 P sum(d_in d_out)                         one product of each linear
+    linear(layers)    = 2 P sum(d_in d_out)                         one product of each linear; scoring leaves out
+                        the last layer's queries and what follows its attention, P - S times (last_layer.py)
     attention(layers) = 4 A heads head_width, per layer             scores, and their sum of values
     head              = 2 N D V                                     logits are made at response positions only
     pass(layers)      = linear(layers) + attention(layers)
@@ -72,6 +73,7 @@ class LayerShape:
     widest: int  # the largest d_in or d_out
     value_width: int = 0  # output features that are attention values; 0 where nobody asked
     value_products: int = 0  # d_in d_value
+    local_products: int = 0  # of the last layer, d_in d_out of linears that run in the span of responses alone
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,10 @@ def attended(length: int, window: int | None = None) -> int:
 # operations
 
 
-def linear_flops(layers: Sequence[LayerShape], positions: float) -> float:
-    """One product of every linear."""
-    return 2 * positions * sum(layer.products for layer in layers)
+def linear_flops(layers: Sequence[LayerShape], positions: float, spans: float | None = None) -> float:
+    """One product of every linear. spans: positions at which the last layer's local ones run."""
+    local = 0.0 if spans is None else (positions - spans) * sum(layer.local_products for layer in layers)
+    return 2 * (positions * sum(layer.products for layer in layers) - local)
 
 
 def attention_flops(model: ModelShape, layers: Sequence[LayerShape], pairs: float) -> float:
@@ -206,9 +209,13 @@ def head_flops(model: ModelShape, work: Work) -> float:
 
 
 def forward_flops(model: ModelShape, work: Work) -> float:
-    """A forward pass with logits at response positions."""
+    """A forward pass with logits at response positions, all layers whole."""
+    return _forward_flops(model, work, None)
+
+
+def _forward_flops(model: ModelShape, work: Work, spans: float | None) -> float:
     return (
-        linear_flops(model.layers, work.positions)
+        linear_flops(model.layers, work.positions, spans)
         + attention_flops(model, model.layers, work.pairs)
         + head_flops(model, work)
     )
@@ -216,15 +223,16 @@ def forward_flops(model: ModelShape, work: Work) -> float:
 
 def scoring_flops(model: ModelShape, method: Method, work: Work, reference: ModelShape | None = None) -> float:
     """Values of all response tokens. reference: a model that runs forward beside it."""
-    total = method.plain_passes * forward_flops(model, work)
+    forward = _forward_flops(model, work, work.spans)
+    total = method.plain_passes * forward
     if reference is not None:
-        total += forward_flops(reference, work)
+        total += _forward_flops(reference, work, work.spans)
     trunk, suffix = model.layers[: method.first_layer], model.layers[method.first_layer :]
     head = head_flops(model, work)
-    linear = linear_flops(suffix, work.positions)
+    linear = linear_flops(suffix, work.positions, work.spans)
     shared = linear_flops(trunk, work.positions) + attention_flops(model, trunk, work.pairs)
     if method.kind == "plain":
-        return total + forward_flops(model, work)
+        return total + forward
     if method.kind == "central":
         once = linear + attention_flops(model, suffix, work.pairs) + head
         return total + shared + method.directions * 2 * once
@@ -240,17 +248,19 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
     products = sum(layer.products + (layer.value_products if method.window else 0) for layer in suffix)
     contraction = method.directions * 2 * work.response_tokens * products + causal
     backward = linear_flops(suffix, work.spans) + ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
-    return total + forward_flops(model, work) + head + backward + contraction
+    return total + forward + head + backward + contraction
 
 
 def direction_flops(model: ModelShape, method: Method, work: Work) -> float:
     """The validation gradient of the scored weights; `work` is that of the validation rows."""
     suffix = model.layers[method.first_layer :]
     outer = linear_flops(suffix, work.response_tokens if method.response_outer else work.positions)
-    backward = linear_flops(suffix, work.spans if method.response_outer else work.positions)
+    if method.every_parameter:  # by autograd, which goes back through what ran
+        outer = linear_flops(suffix, work.positions, work.spans)
+    backward = linear_flops(suffix, work.spans if method.response_outer else work.positions, work.spans)
     backward += ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
     heads = 2 if method.every_parameter else 1
-    return forward_flops(model, work) + heads * head_flops(model, work) + backward + outer
+    return _forward_flops(model, work, work.spans) + heads * head_flops(model, work) + backward + outer
 
 
 # time

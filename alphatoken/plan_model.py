@@ -1,7 +1,7 @@
 """The models and the method of a plan: structure from configurations, on torch's meta device, without weights."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,8 +17,11 @@ from alphatoken.architecture import (
     scored_linears,
     value_rows,
 )
+from alphatoken.attention import NAME as ATTENTION
 from alphatoken.errors import UserError
 from alphatoken.exact import choose_method
+from alphatoken.experts import is_routed
+from alphatoken.last_layer import local_linears
 from alphatoken.model import resolve_dtype
 from alphatoken.plan import LayerShape, Method, ModelShape, Work, scoring_flops
 from alphatoken.plan_config import PlanConfig
@@ -116,7 +119,7 @@ def meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=trust_remote_code
+                config, attn_implementation="eager", trust_remote_code=trust_remote_code, dtype=torch.bfloat16
             )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot make model {name!r} from its configuration: {first_line(error)}") from error
@@ -127,10 +130,22 @@ def shape_of(model: PreTrainedModel, values: bool = False) -> ModelShape:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layers = tuple(_layer_shape(weights, model, values) for weights in layer_weights(model))
+    layers = [_layer_shape(weights, model, values) for weights in layer_weights(model)]
+    layers[-1] = replace(layers[-1], local_products=_local_products(model))
     vocabulary, hidden = model.get_output_embeddings().weight.shape
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(parameters, hidden, vocabulary, heads, heads * width, layers)
+    return ModelShape(parameters, hidden, vocabulary, heads, heads * width, tuple(layers))
+
+
+def _local_products(model: PreTrainedModel) -> int:
+    """Of what last_layer.py leaves out; 0 where the meta device cannot run the model."""
+    model.set_attn_implementation(ATTENTION)
+    if is_routed(model):
+        model.set_experts_implementation("batched_mm")  # the default looks at how tensors lie in memory
+    try:
+        return sum(cast(nn.Linear, module).weight.numel() for module in local_linears(model))
+    except (RuntimeError, ValueError):
+        return 0
 
 
 def _layer_shape(weights: list[ScoredWeight], model: PreTrainedModel, values: bool) -> LayerShape:

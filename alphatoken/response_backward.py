@@ -16,19 +16,10 @@ from alphatoken.batching import Batch
 from alphatoken.model import ScoringModel
 
 
-def response_span(batch: Batch) -> torch.Tensor:
-    """BT bool: from each row's first predicting position to its last."""
-    predicts = torch.zeros_like(batch.response_mask)
-    predicts[:, :-1] = batch.response_mask[:, 1:]
-    later = predicts.cumsum(1) > 0
-    return later & (predicts.flip(1).cumsum(1).flip(1) > 0)
-
-
 @contextmanager
 def response_backward(scoring: ScoringModel, batch: Batch, first_layer: int) -> Iterator[None]:
     """The linears of the layers from `first_layer` on; others (Conv1D, experts) go back as ever, to the same effect."""
-    span = response_span(batch)
-    positions = span.flatten().nonzero().squeeze(1)
+    positions = batch.span.flatten().nonzero().squeeze(1)
     linears = [
         module
         for layer in decoder_layers(scoring.model)[first_layer:]
@@ -37,7 +28,7 @@ def response_backward(scoring: ScoringModel, batch: Batch, first_layer: int) -> 
     ]
     try:
         for module in linears:
-            module.forward = _forward_of(module, span.shape, positions)  # type: ignore[method-assign]
+            module.forward = _forward_of(module, batch.input_ids.shape, positions)  # type: ignore[method-assign]
         yield
     finally:
         for module in linears:

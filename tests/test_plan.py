@@ -43,7 +43,6 @@ from alphatoken.plan_data import Sequences, sequence_encoder, survey_rows
 from alphatoken.plan_memory import actor_memory, copies_bytes, direction_memory
 from alphatoken.plan_model import meta_model, shape_of
 from alphatoken.plan_score import measured_matmul, plan_score
-from alphatoken.response_backward import response_span
 from alphatoken.sources import plan_units
 from alphatoken.value_propagation import ValuePropagation
 from jobs import cli, main
@@ -162,7 +161,7 @@ def test_work_is_that_of_the_batches():
     assert work.batches == len(batches)
     assert work.positions == sum(batch.input_ids.numel() for batch in batches)
     assert work.response_tokens == sum(batch.num_response_tokens for batch in batches)
-    assert work.spans == sum(int(response_span(batch).sum()) for batch in batches)
+    assert work.spans == sum(int(batch.span.sum()) for batch in batches)
     assert work.pairs == sum(batch.input_ids.numel() * batch.input_ids.shape[1] for batch in batches)
     assert work.scaled(2.5).positions == 2.5 * work.positions
     assert work.scaled(2.5).largest_positions == max(batch.input_ids.numel() for batch in batches)
@@ -263,7 +262,8 @@ def test_operations_are_those_that_torch_counts(wide_model, quick_search, kind, 
     else:
         if kind == "plain":
             estimator = Baseline(wide_model, "loss")
-            assert scoring_flops(model, method, work) == forward_flops(model, work)
+            left_out = 2 * (work.positions - work.spans) * model.layers[-1].local_products
+            assert scoring_flops(model, method, work) == forward_flops(model, work) - left_out
         elif kind == "value_propagation":
             estimator = ValuePropagation(wide_model, parameters, directions, directions)
         else:
@@ -286,8 +286,9 @@ def test_a_position_pays_for_its_own_experts(kind):
 
 
 def test_other_passes_are_added(wide_model):
-    model, work = shape_of(wide_model.model), Work(positions=100, pairs=1000, block_pairs=1000, response_tokens=50)
-    once = forward_flops(model, work)
+    model = shape_of(wide_model.model)
+    work = Work(positions=100, pairs=1000, block_pairs=1000, response_tokens=50, spans=60)
+    once = scoring_flops(model, Method("plain"), work)
     assert scoring_flops(model, Method("plain"), work, reference=model) == 2 * once
     central = scoring_flops(model, Method("central"), work)
     assert scoring_flops(model, Method("central", plain_passes=1), work) == central + once
@@ -422,7 +423,7 @@ def test_what_is_missing_is_said(tiny_checkpoint, tmp_path):
     assert any("put your validation files" in note for note in found["notes"])
     assert any("assumed, not measured" in note for note in found["notes"])
     baseline = plan(tiny_checkpoint, [str(tmp_path / "a.jsonl")], estimator="loss")
-    assert "VALIDATION" not in baseline["command"] and baseline["flops"]["scoring_over_forward"] == 1
+    assert "VALIDATION" not in baseline["command"] and 0.9 < baseline["flops"]["scoring_over_forward"] < 1
 
 
 def test_pairs(tiny_checkpoint, tmp_path):
@@ -431,7 +432,9 @@ def test_pairs(tiny_checkpoint, tmp_path):
     found = plan(tiny_checkpoint, [file], device="cpu")
     alone = plan(tiny_checkpoint, [file], device="cpu", objective="dpo", reference_model=tiny_checkpoint)
     assert found["model"]["pairs"] and found["model"]["method"] == "central difference"
-    assert found["flops"]["scoring_over_forward"] == pytest.approx(3)  # two moved passes and a plain one
+    loss = plan(tiny_checkpoint, [file], device="cpu", estimator="loss", batch_tokens=found["memory"]["batch_tokens"])
+    ratio = found["flops"]["scoring_over_forward"] / loss["flops"]["scoring_over_forward"]
+    assert ratio == pytest.approx(3)  # two moved passes and a plain one
     assert alone["flops"] == found["flops"]  # the model itself as its reference needs no pass
     assert found["data"]["rows"] == 8
     encode = sequence_encoder(tiny_checkpoint, PlanConfig(model="m", data=["d"]), False, True)

@@ -10,7 +10,6 @@ from alphatoken.architecture import ScoredLinear, scored_linears, scored_weights
 from alphatoken.batching import make_batch
 from alphatoken.capture import capture
 from alphatoken.model import prepare_model
-from alphatoken.response_backward import response_span
 
 MASKS = [[0, 0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]]
 
@@ -21,7 +20,7 @@ def rows_of(masks):
 
 
 def test_the_span_is_from_the_first_predicting_position_to_the_last():
-    assert response_span(make_batch(*rows_of(MASKS))).int().tolist() == [
+    assert make_batch(*rows_of(MASKS)).span.int().tolist() == [
         [0, 0, 1, 1, 1, 1, 0, 0],
         [0] * 8,
         [1, 0, 0, 0, 0, 0, 0, 0],
@@ -36,7 +35,7 @@ def test_deltas_of_the_span_are_those_of_a_whole_backward_pass(architecture, par
     linears = [x for x in scored_weights(scoring.model, parameters) if isinstance(x, ScoredLinear)]
     for rows in (rows_of(MASKS), random_rows(seed=len(architecture), count=3)):
         batch = make_batch(*rows)
-        span = response_span(batch)
+        span = batch.span
         token_weights = torch.rand(batch.num_response_tokens)
         whole, narrow = (
             capture(scoring, batch, linears, token_weights=token_weights, responses_only=only) for only in (False, True)
@@ -59,5 +58,9 @@ def test_prompts_cost_no_products():
             capture(scoring, batch, linears, responses_only=only)
         counts[only] = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     entry = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")  # no gradient below
-    inner = sum(x.module.weight.numel() for x in linears if not x.name.removesuffix(".weight").endswith(entry))
+    inner = sum(
+        x.module.weight.numel()
+        for x in linears
+        if not x.name.removesuffix(".weight").endswith(entry) and x.module not in scoring.local
+    )
     assert counts[False] - counts[True] == 2 * (40 - 8) * inner
