@@ -37,7 +37,7 @@ def local_linears(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     weights = layer_weights(model)[-1]
     linears = [weight.module for weight in weights if isinstance(weight, ScoredLinear)]
     last = model.config.get_text_config().num_hidden_layers - 1
-    ids = torch.tensor([PROBE], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([PROBE], device=model.device)
     options = {}
     if ids.is_meta:  # without a mask of its own, transformers looks at values
         options = {"attention_mask": ids.new_ones((1, 1, len(PROBE), len(PROBE)), dtype=torch.bool)}
