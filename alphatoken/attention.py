@@ -3,7 +3,7 @@
 Registered with transformers as "alphatoken". It is plain SDPA unless a context asks for more:
 - `recording(layers)` keeps queries, keys (after RoPE) and values of those layers, for value propagation's causal path;
 - `differentiable()` uses matrix products and softmax in blocks of queries, which forward-mode AD can follow (fused
-  kernels have no forward-mode rule); only where a tangent reaches the layer.
+  kernels have no forward-mode rule), or our own kernel (attention_trial.py); only where a tangent reaches the layer.
 
 B batch, H heads, G key-value heads, T positions, D head width, Q queries of one block.
 """
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from alphatoken.attention_trial import attend_with_tangent
 from alphatoken.errors import UserError
 
 NAME = "alphatoken"
@@ -138,7 +139,9 @@ def attention_forward(
     record = _recording.get()
     if record is not None and module.layer_idx in record.layers:
         record.inputs[cast(int, module.layer_idx)] = inputs
-    if softcap is not None or s_aux is not None or (_differentiable.get() and _has_tangent(query, key, value)):
+    if _differentiable.get() and _has_tangent(query, key, value):
+        return attend_with_tangent(inputs, attend_in_blocks).transpose(1, 2).contiguous(), None
+    if softcap is not None or s_aux is not None:
         return attend_in_blocks(inputs).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 

@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "speed": _speed,
     "speed_table": _speed_table,
     "speed_table-predicted": _speed_predicted,
+    "speed_table_1b": _speed_table,
     "growth-length": _growth_length,
     "growth-validation": _growth_validation,
     "growth-rows": _growth_rows,
