@@ -11,6 +11,8 @@ Not run on a GPU yet. So it is on trial there (`attention_trial.py`): used only 
 B batch, H heads, G key-value heads, T positions, D head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -67,11 +69,9 @@ def _attend(
 
 
 def attend(
-    primal: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    tangent: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
+    primal: Sequence[torch.Tensor], tangent: Sequence[torch.Tensor], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, O'), each BHTD. primal, tangent: query BHTD, key BGTD, value BGTD; D is one of BLOCKS."""
+    """(O, O'), each BHTD. primal, tangent: query BHTD, key BGTD and value BGTD; D is one of BLOCKS."""
     query, key, value = (x.contiguous() for x in primal)
     tangents = [x.contiguous() for x in tangent]
     rows, heads, length, width = query.shape

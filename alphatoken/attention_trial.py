@@ -40,8 +40,8 @@ def by_kernel(inputs: "AttentionInputs") -> torch.Tensor:
     from alphatoken import attention_kernel
 
     parts = [forward_ad.unpack_dual(x) for x in (inputs.query, inputs.key, inputs.value)]
-    primals = tuple(part.primal for part in parts)
-    tangents = tuple(torch.zeros_like(part.primal) if part.tangent is None else part.tangent for part in parts)
+    primals = [part.primal for part in parts]
+    tangents = [torch.zeros_like(part.primal) if part.tangent is None else part.tangent for part in parts]
     return forward_ad.make_dual(*attention_kernel.attend(primals, tangents, inputs.scaling))
 
 
