@@ -59,7 +59,9 @@ def local_linears(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     made = list(outputs.values())
     seen = [attention[last].key, attention[last].value]
     below = torch.autograd.grad(seen, made, [torch.ones_like(x) for x in seen], retain_graph=True, allow_unused=True)
-    later = torch.autograd.grad(hidden[:, 1:], made, torch.randn_like(hidden[:, 1:]), allow_unused=True)
+    after = hidden[:, 1:]
+    upstream = torch.randn(after.shape, generator=torch.Generator().manual_seed(0)).to(after)
+    later = torch.autograd.grad(after, made, upstream, allow_unused=True)
     return tuple(
         module
         for module, graph, gradient in zip(outputs, below, later, strict=True)
