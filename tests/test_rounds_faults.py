@@ -39,6 +39,7 @@ pipelines.rounds.run_rounds(RoundsConfig(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_driver_and_a_killed_actor_change_nothing(local_ray, tmp_path, inputs):
     undisturbed = config_of(inputs, tmp_path / "plain", overlap=True)

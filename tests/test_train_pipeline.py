@@ -165,6 +165,7 @@ def workers_of(process, *titles: str) -> list:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_worker(local_ray, tmp_path, model, masked):
     config = TrainConfig(data=masked, model=model, output=str(tmp_path / "out"), num_workers=2, **LONG)
