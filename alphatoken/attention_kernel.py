@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCKS = {16: 64, 32: 64, 64: 64, 128: 32}  # head width -> queries and keys of a block
+from alphatoken.attention_trial import BLOCKS
 
 
 @triton.jit

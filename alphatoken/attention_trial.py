@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = (16, 32, 64, 128)  # of heads
+BLOCKS = {16: 64, 32: 64, 64: 64, 128: 32}  # head width -> queries and keys of a block of the kernel
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest element
 RUNS = 3
 
@@ -52,7 +52,7 @@ def _can_run(inputs: "AttentionInputs") -> bool:
         plain
         and inputs.query.is_cuda
         and width == inputs.value.shape[-1]
-        and width in WIDTHS
+        and width in BLOCKS
         and inputs.query.dtype in TOLERANCE
         and _has_triton()
         and not (torch.is_grad_enabled() and inputs.query.requires_grad)  # in-run: the tangent rides on a graph

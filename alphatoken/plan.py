@@ -254,9 +254,8 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
 def direction_flops(model: ModelShape, method: Method, work: Work) -> float:
     """The validation gradient of the scored weights; `work` is that of the validation rows."""
     suffix = model.layers[method.first_layer :]
-    outer = linear_flops(suffix, work.response_tokens if method.response_outer else work.positions)
-    if method.every_parameter:  # by autograd, which goes back through what ran
-        outer = linear_flops(suffix, work.positions, work.spans)
+    ran = work.spans if method.every_parameter else None  # autograd takes outer products of what ran
+    outer = linear_flops(suffix, work.response_tokens if method.response_outer else work.positions, ran)
     backward = linear_flops(suffix, work.spans if method.response_outer else work.positions, work.spans)
     backward += ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
     heads = 2 if method.every_parameter else 1

@@ -423,7 +423,15 @@ def test_what_is_missing_is_said(tiny_checkpoint, tmp_path):
     assert any("put your validation files" in note for note in found["notes"])
     assert any("assumed, not measured" in note for note in found["notes"])
     baseline = plan(tiny_checkpoint, [str(tmp_path / "a.jsonl")], estimator="loss")
-    assert "VALIDATION" not in baseline["command"] and 0.9 < baseline["flops"]["scoring_over_forward"] < 1
+    encode = sequence_encoder(tiny_checkpoint, PlanConfig(model="m", data=["d"]), False, False)
+    rows = [encode(row) for row in chats(4, 5)]
+    work = count_work(
+        [row.lengths[0] for row in rows], [row.responses[0] for row in rows], baseline["memory"]["batch_tokens"], 8192
+    )
+    model = shape_of(meta_model(tiny_checkpoint))
+    expected = scoring_flops(model, Method("plain"), work) / forward_flops(model, work)
+    assert "VALIDATION" not in baseline["command"]
+    assert baseline["flops"]["scoring_over_forward"] == pytest.approx(expected) and expected < 1
 
 
 def test_pairs(tiny_checkpoint, tmp_path):
