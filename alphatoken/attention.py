@@ -1,9 +1,9 @@
-"""The attention function that scored models run with, and the banded, head-averaged attention of Eq. 9.
+"""The attention function that scored models run with.
 
 Registered with transformers as "alphatoken". It is plain SDPA unless a context asks for more:
 - `recording(layers)` keeps queries, keys (after RoPE) and values of those layers, for value propagation's causal path;
 - `differentiable()` uses matrix products and softmax in blocks of queries, which forward-mode AD can follow (fused
-  kernels have no forward-mode rule), or our own kernel (attention_trial.py); only where a tangent reaches the layer.
+  kernels have no forward-mode rule), or our own kernel where that is faster; only where a tangent reaches the layer.
 
 B batch, H heads, G key-value heads, T positions, D head width, Q queries of one block.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,11 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from alphatoken.attention_trial import attend_with_tangent
 from alphatoken.errors import UserError
+from alphatoken.kernel_trial import can_run, run_better
 
 NAME = "alphatoken"
 QUERY_BLOCK = 128
+KERNEL_WIDTHS = (16, 32, 64, 128)  # of heads, in Triton
 
 
 @dataclass
@@ -43,6 +45,18 @@ class AttentionInputs:
     def cached(self) -> int:
         """Keys from before the first query: zero but in generation with a key-value cache."""
         return self.key.shape[2] - self.query.shape[2]
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether it is of the kind that the Triton kernels know: causal, nothing special, no cache, on a GPU."""
+        special = self.mask is not None or self.softcap is not None or self.sinks is not None or self.cached
+        return not special and self.query.shape[-1] in KERNEL_WIDTHS and can_run(self.query, self.key)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What decides whether a kernel pays: the head width, and the length to a power of two."""
+        *_, length, width = self.query.shape
+        return width, length.bit_length()
 
 
 @dataclass
@@ -116,6 +130,36 @@ def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
 
 
+def _attend_with_tangent(inputs: AttentionInputs) -> torch.Tensor:
+    """BHTD from dual numbers, by the kernel where it does better."""
+    if not _tangent_suits_kernel(inputs):
+        return attend_in_blocks(inputs)
+
+    def usual() -> tuple[torch.Tensor, ...]:
+        return tuple(forward_ad.unpack_dual(attend_in_blocks(inputs)))
+
+    kernel = partial(_tangent_by_kernel, inputs)
+    return forward_ad.make_dual(*run_better("attention and tangent", inputs.query, inputs.kind, kernel, usual))
+
+
+def _tangent_suits_kernel(inputs: AttentionInputs) -> bool:
+    return (
+        inputs.suits_kernels
+        and inputs.value.shape[-1] == inputs.query.shape[-1]
+        and not (torch.is_grad_enabled() and inputs.query.requires_grad)  # in-run: the tangent rides on a graph
+        and not torch._C._functorch.is_functorch_wrapped_tensor(inputs.query)  # several targets: a batch of tangents
+    )
+
+
+def _tangent_by_kernel(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, its tangent); a missing tangent is zero."""
+    from alphatoken.attention_kernel import attend
+
+    parts = [forward_ad.unpack_dual(x) for x in (inputs.query, inputs.key, inputs.value)]
+    tangents = [torch.zeros_like(part.primal) if part.tangent is None else part.tangent for part in parts]
+    return attend([part.primal for part in parts], tangents, inputs.scaling)
+
+
 def _has_tangent(*tensors: torch.Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
@@ -140,7 +184,7 @@ def attention_forward(
     if record is not None and module.layer_idx in record.layers:
         record.inputs[cast(int, module.layer_idx)] = inputs
     if _differentiable.get() and _has_tangent(query, key, value):
-        return attend_with_tangent(inputs, attend_in_blocks).transpose(1, 2).contiguous(), None
+        return _attend_with_tangent(inputs).transpose(1, 2).contiguous(), None
     if softcap is not None or s_aux is not None:
         return attend_in_blocks(inputs).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -164,27 +208,3 @@ def settle_attention(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def banded_average(inputs: AttentionInputs, delta: torch.Tensor, window: int) -> torch.Tensor:
-    """abar[p] = sum over 0 < k - p <= window of A[k, p] delta[k], A averaged over heads (Eq. 9): BT(d_out).
-
-    delta: BT(d_out). Memory grows with T x (query block), never with T x T.
-    """
-    length = delta.shape[1]
-    result = torch.zeros_like(delta)
-    if window == 0:
-        return result
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        first = max(0, start - window)
-        scores = attention_scores(inputs, start, stop, 0, stop)  # BHQK
-        normalizer = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1, keepdim=True)
-        if inputs.sinks is not None:
-            normalizer = torch.logaddexp(normalizer, inputs.sinks.to(normalizer.dtype)[None, :, None, None])
-        band = torch.exp(scores[..., first:] - normalizer).mean(1)  # BQK, float32
-        query = torch.arange(start, stop, device=delta.device)[:, None]
-        distance = query - torch.arange(first, stop, device=delta.device)[None]
-        band = band.masked_fill((distance <= 0) | (distance > window), 0.0).to(delta.dtype)
-        result[:, first:stop] += torch.matmul(band.transpose(1, 2), delta[:, start:stop])
-    return result

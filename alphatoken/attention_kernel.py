@@ -6,7 +6,7 @@
 Row by row with running sums, as in flash attention: of e = exp(S - max), of e S', of e V, and of e S' V + e V'.
 Causal, without softcap and sinks. Needs Triton, which comes with torch's GPU builds, or Triton's interpreter.
 
-Not run on a GPU yet. So it is on trial there (`attention_trial.py`): used only where it agrees and is faster.
+Not run on a GPU yet: on trial there (`kernel_trial.py`).
 
 B batch, H heads, G key-value heads, T positions, D head width.
 """
@@ -16,8 +16,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-
-from alphatoken.attention_trial import BLOCKS
 
 
 @triton.jit
@@ -71,12 +69,12 @@ def _attend(
 def attend(
     primal: Sequence[torch.Tensor], tangent: Sequence[torch.Tensor], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, O'), each BHTD. primal, tangent: query BHTD, key BGTD and value BGTD; D is one of BLOCKS."""
+    """(O, O'), each BHTD. primal, tangent: query BHTD, key BGTD and value BGTD; D is a power of two, 16 to 128."""
     query, key, value = (x.contiguous() for x in primal)
     tangents = [x.contiguous() for x in tangent]
     rows, heads, length, width = query.shape
     output, output_tangent = torch.empty_like(query), torch.empty_like(query)
-    block = BLOCKS[width]
+    block = 32 if width == 128 else 64
     _attend[(triton.cdiv(length, block), rows * heads)](
         query, key, value, *tangents, output, output_tangent,
         heads, key.shape[1], length, scale, WIDTH=width, BLOCK=block,

@@ -39,6 +39,11 @@ class Batch:
         return (predicts.cumsum(1) > 0) & (predicts.flip(1).cumsum(1).flip(1) > 0)
 
     @property
+    def span_places(self) -> torch.Tensor:
+        """int64: the positions of `span` among the B * T, flattened."""
+        return self.span.flatten().nonzero().squeeze(1)
+
+    @property
     def targets(self) -> torch.Tensor:
         """N int64: the response tokens themselves."""
         return self.input_ids[:, 1:][self.response_mask[:, 1:]]

@@ -7,8 +7,7 @@ puts out something that nobody reads; losses, gradients and tangents of response
 B rows, T positions, N response tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,13 +16,15 @@ from transformers import PreTrainedModel
 from alphatoken.architecture import ScoredLinear, decoder, layer_weights
 from alphatoken.attention import recording
 from alphatoken.batching import Batch
+from alphatoken.replaced_forward import replaced_forward
 
 PROBE = (1, 2, 3, 4)  # token ids
 
 
 def predicting_states(model: PreTrainedModel, local: Sequence[nn.Module], batch: Batch) -> torch.Tensor:
     """ND. local: what `local_linears` has found."""
-    with _only_at(local, batch.input_ids.shape, batch.span.flatten().nonzero().squeeze(1)):
+    shape, places = batch.input_ids.shape, batch.span_places
+    with replaced_forward({module: _narrow(module.forward, shape, places) for module in local}):
         hidden = decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden[batch.predicting]
 
@@ -69,22 +70,9 @@ def local_linears(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     )
 
 
-@contextmanager
-def _only_at(linears: Sequence[nn.Module], shape: torch.Size, places: torch.Tensor) -> Iterator[None]:
-    """places: int64, into the B * T positions. The output of these linears is zero everywhere else."""
-    before = [(module, module.__dict__.get("forward")) for module in linears]
-    try:
-        for module in linears:
-            module.forward = _narrow(module.forward, shape, places)  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
-
-
 def _narrow(forward, shape: torch.Size, places: torch.Tensor):
+    """places: int64, into the B * T positions. The output is zero everywhere else."""
+
     def narrow(x: torch.Tensor) -> torch.Tensor:
         if x.shape[:-1] != shape:
             return forward(x)

@@ -6,8 +6,7 @@ A CPU without AMX multiplies float32 faster than bfloat16. There the tangent, tw
 layer, takes one float32 product: faster and more exact, for memory of twice the scored weights in float32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 from alphatoken.direction import Tensors
+from alphatoken.replaced_forward import replaced_forward
 
 Stacked = dict[nn.Linear, torch.Tensor]  # module -> [W M], (d_out, 2 d_in) float32
 
@@ -37,16 +37,9 @@ def stacked_weights(model: PreTrainedModel, tangents: Tensors) -> tuple[Stacked,
     return found, others
 
 
-@contextmanager
-def stacked_tangents(stacked: Stacked) -> Iterator[None]:
+def stacked_tangents(stacked: Stacked) -> AbstractContextManager[None]:
     """Inside a dual level: the layers' outputs carry the tangent that the stacked weights give."""
-    try:
-        for module, weight in stacked.items():
-            module.forward = _forward_of(module, weight)  # type: ignore[method-assign]
-        yield
-    finally:
-        for module in stacked:
-            module.__dict__.pop("forward", None)
+    return replaced_forward({module: _forward_of(module, weight) for module, weight in stacked.items()})
 
 
 def _forward_of(module: nn.Linear, weight: torch.Tensor):

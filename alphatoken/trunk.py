@@ -1,7 +1,11 @@
 """The layers below the first scored one, run once for all forward passes of a batch."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
+
+from alphatoken.replaced_forward import replaced_forward
 
 
 class Trunk:
@@ -14,21 +18,19 @@ class Trunk:
     def __init__(self, layers: nn.ModuleList, first_layer: int | None, hidden: torch.Tensor | None = None) -> None:
         self.layers, self.first_layer = layers, first_layer or 0
         self.hidden = hidden
-        self._undo: list = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "Trunk":
         if self.first_layer:
             hook = self.layers[self.first_layer].register_forward_pre_hook(self._enter_suffix, with_kwargs=True)
-            self._undo.append(hook.remove)
+            self._undo.callback(hook.remove)
             if self.hidden is not None:
-                for layer in self.layers[: self.first_layer]:
-                    layer.forward = _return_input
-                    self._undo.append(lambda layer=layer: layer.__dict__.pop("forward"))
+                skipped = dict.fromkeys(self.layers[: self.first_layer], _return_input)
+                self._undo.enter_context(replaced_forward(skipped))
         return self
 
     def __exit__(self, *exception) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     def _enter_suffix(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         key = "hidden_states"

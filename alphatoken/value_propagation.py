@@ -11,7 +11,7 @@ products.
 import torch
 
 from alphatoken.architecture import check_value_projections, scored_linears, value_rows
-from alphatoken.attention import banded_average
+from alphatoken.banded_average import banded_average
 from alphatoken.batching import Batch
 from alphatoken.capture import Captured, capture
 from alphatoken.contraction import bilinear

@@ -7,7 +7,8 @@ from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM
 
 import alphatoken.attention as attention
-from alphatoken.attention import NAME, banded_average, recording
+from alphatoken.attention import NAME, recording
+from alphatoken.banded_average import banded_average
 from alphatoken.model import prepare_model
 
 
