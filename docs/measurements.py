@@ -51,6 +51,15 @@ def _speed(results: dict[str, Any]) -> Rows:
     return rows
 
 
+def _compiled(results: dict[str, Any]) -> Rows:
+    names = list(results["results"][0]["compiled_over_plain"])
+    rows = [[f"x the same without, {results['dtype']}", *names, "first calls"]]
+    for found in results["results"]:
+        ratios = (f"{found['compiled_over_plain'][name]:.2f}" for name in names)
+        rows.append([f"T = {found['length']}", *ratios, f"{found['first_calls_s']:.0f} s"])
+    return rows
+
+
 def _padding(results: dict[str, Any]) -> Rows:
     rows = [["data", "rows", "longest", "`--batch-tokens`", "shard", "padding", "in shards of 1M tokens", "in order"]]
     for row in results["rows"]:
@@ -186,6 +195,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "padding": _padding,
     "in_run_speed": _in_run_speed,
     "rounds_speed": _rounds_speed,
+    "compiled": _compiled,
     "ray_overhead": _ray_overhead,
     "fidelity": _fidelity,
     "fidelity_steps": _fidelity_steps,
