@@ -79,6 +79,8 @@ class Attempt:
             tables.append(table)
             done += len(indices)
             computed += positions
+        if not tables:  # every row kills: what the others would have as columns
+            tables.append(compute(self.table.slice(0, 0))[0])
         if self.deadly:
             tables.append(self.table.take(list(self.deadly)))
             failures |= dict(enumerate(self.deadly.values(), start=done))

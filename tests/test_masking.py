@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -6,6 +8,7 @@ from alphatoken import schema
 from alphatoken.errors import UserError
 from alphatoken.masking import MaskPlan, mask_table
 from alphatoken.suspects import Bounds
+from alphatoken.window_masking import mask_window
 from tests.scored_folder import VOCABULARY, scored_table
 
 PLAN = MaskPlan(keep_fraction=0.5, stability_weight=1.5)
@@ -96,3 +99,20 @@ def test_bounds_drop_suspect_tokens_and_rows(by_value):
     assert found == expected and result.quarantine["row_id"].to_pylist() == aside
     assert all(reason.startswith("suspect row") for reason in result.quarantine["reason"].to_pylist())
     assert result.counts["rows_dropped_sequences"] == len(aside) and result.counts["rows_quarantined"] == 0
+
+
+@pytest.mark.parametrize(
+    "one_threshold, bounds, drop",
+    [(True, None, 0.0), (True, None, 0.5), (False, None, 0.0), (False, Bounds(np.full(3, 0.5), 5.0), 0.0)],
+)
+def test_an_actor_without_rows_leaves_a_window_to_the_others(one_threshold, bounds, drop):
+    """All of its rows may have been put aside."""
+    table = scored_table(np.random.default_rng(0), first_row_id=0, num_rows=9)
+    plan = replace(PLAN, bounds=bounds, class_of_token=np.arange(VOCABULARY) % 3)
+    (alone,) = mask_window([table], plan, drop, one_threshold, "window")
+    for tables in ([table.slice(0, 0), table], [table, table.slice(0, 0)]):
+        empty, whole = sorted(
+            mask_window(tables, plan, drop, one_threshold, "window"), key=lambda shard: shard.data.num_rows
+        )
+        assert whole.data.equals(alone.data) and whole.counts == alone.counts
+        assert empty.data.schema == alone.data.schema and not any(empty.counts.values())

@@ -81,6 +81,15 @@ def test_rows_that_kill_are_put_aside_and_no_others(tmp_path, seed):
     assert not storage.list_names(f"{tmp_path}/attempts")
 
 
+def test_a_block_whose_rows_all_kill_has_the_columns_of_others(tmp_path):
+    block = block_of(random.Random(0), 2)
+    this = Attempt(str(tmp_path), block, BATCH_TOKENS)
+    this.deaths = [{"doing": "row", "row_ids": [[row, row]]} for row in (0, 1)] * DEATHS_ALONE
+    table, failures, computed = this.score(killing({0, 1}))
+    assert table["row_id"].to_pylist() == [0, 1] and "value" in table.column_names
+    assert all(failures[row].startswith(DIED) for row in (0, 1)) and not computed
+
+
 def test_one_row_costs_four_deaths_in_a_block_of_many_batches(tmp_path):
     block = block_of(random.Random(0), 200)
     found, deaths = until_done(tmp_path, block, killing({77}))
