@@ -21,7 +21,6 @@ import torch
 from alphatoken import schema
 from alphatoken.baselines import Baseline, forward_losses
 from alphatoken.batching import Batch
-from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import ScoringModel
@@ -32,13 +31,6 @@ from alphatoken.values import Estimator, TokenValues
 
 REFERENCE = "ref_logprobs"
 VALUES = ("adaptation", "stability")
-
-
-def check_same_vocabulary(policy: ScoringModel, reference: ScoringModel, name: str) -> None:
-    """Raises UserError where the reference cannot have a log-probability for every token of the policy."""
-    ours, theirs = (scoring.head.projection.weight.shape[0] for scoring in (policy, reference))
-    if ours != theirs:
-        raise UserError(f"--reference-model {name} has a vocabulary of {theirs} tokens, --model has {ours}")
 
 
 class PairEstimator:

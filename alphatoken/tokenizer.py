@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphatoken.adapters import is_adapter, resolve_base
+from alphatoken.adapters import base_of, is_adapter, resolve_base
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError
 from alphatoken.readers import first_line
@@ -42,6 +42,18 @@ def load_config(name: str, trust_remote_code: bool = False) -> "PreTrainedConfig
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the configuration of model {name!r}: {first_line(error)}") from error
+
+
+def check_same_vocabulary(model: str, reference: str, trust_remote_code: bool = False) -> None:
+    """Raises UserError where the reference model cannot have a log-probability for every token of the model."""
+    ours, theirs = (
+        load_config(base_of(name), trust_remote_code).get_text_config().vocab_size for name in (model, reference)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"--reference-model {reference} has a vocabulary of {theirs} tokens, --model {model} one of {ours}: give "
+            "the model that training starts from, or one with its tokenizer"
+        )
 
 
 def end_of_turn_ids(model_config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -20,13 +20,12 @@ from alphatoken.exact import Exact, choose_method
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
-from alphatoken.pair_scoring import check_same_vocabulary
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.schema import BRANCHES
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.suspects import LossProfile, TokenLosses
 from alphatoken.targets import files_by_target
-from alphatoken.tokenizer import load_tokenizer
+from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
@@ -59,6 +58,8 @@ def run_direction(config: DirectionConfig, progress: Phase | None = None) -> dic
 def check_direction_inputs(config: DirectionConfig) -> None:
     """Everything that is known without the weights. Raises UserError."""
     check_validation(config)
+    if config.reference_model:
+        check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     token_classes.check_class_names(config.class_weights)
     if config.preconditioner == "none":
         return
@@ -101,7 +102,6 @@ def load_reference(config: ScoreConfig | DirectionConfig, scoring: ScoringModel)
     if config.reference_model is None or config.reference_model == config.model:
         return None
     reference = load_model(config.reference_model, config.dtype, scoring.device, config.trust_remote_code)
-    check_same_vocabulary(scoring, reference, config.reference_model)
     return None if fingerprint(reference.model) == fingerprint(scoring.model) else reference
 
 

@@ -33,7 +33,7 @@ from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import build_estimator, default_parameters, score_table
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
 from alphatoken.spread_trunk import SpreadTrunk
-from alphatoken.tokenizer import load_tokenizer
+from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
 from pipelines.cluster import MANY_DEATHS, actor_pool, connect, prepare_worker, torch_threads, user_errors
@@ -107,6 +107,8 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
         uses_reference = config.estimator == "excess_loss" or config.validation_objective == "dpo"
         if config.reference_model and not config.fisher and not uses_reference:
             raise UserError(STABILITY_NEEDS)
+    if config.reference_model:
+        check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     if config.validation:
         check_validation(config)
     token_classes.check_class_names(config.class_weights)

@@ -16,7 +16,7 @@ from alphatoken.errors import UserError
 from alphatoken.run_folder import manifest_of
 from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.token_classes import token_class_table
-from alphatoken.tokenizer import load_config, load_tokenizer
+from alphatoken.tokenizer import check_same_vocabulary, load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
 from pipelines.encode import good_rows, make_encoder
 from pipelines.live_values import check_live, data_options, encode_data
@@ -50,6 +50,8 @@ def check_train(config: TrainConfig, load_models: bool = True) -> TrainPlan:
     for source in config.data:
         if storage.same_place(storage.absolute(source), storage.absolute(config.output)):
             raise UserError(f"--output {config.output} is the data folder; give another one")
+    if config.reference_model:
+        check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     live = check_live(config) if config.validation else {}
     plan = _plan_files(config) if config.trains_on_files else _plan_folder(config, load_models)
     return replace(plan, fingerprints=plan.fingerprints | live)

@@ -18,7 +18,7 @@ from alphatoken import schema
 from alphatoken.baselines import Baseline
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, default_device, load_model
-from alphatoken.pair_scoring import PairEstimator, check_same_vocabulary, score_pair_table
+from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.scoring import score_table
 from alphatoken.suspects import TokenLosses, validation_losses
@@ -72,7 +72,6 @@ class WindowScorer:
         if config.objective == "dpo":
             name = config.reference_model or config.model
             self.policy_reference = load_model(name, config.score_dtype, self.device, config.trust_remote_code)
-            check_same_vocabulary(self.scoring, self.policy_reference, name)
         self.generator = PairGenerator(config, self.scoring) if config.generate else None
         self.step: int | None = None
 

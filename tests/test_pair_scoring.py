@@ -11,12 +11,11 @@ from alphatoken import schema
 from alphatoken.architecture import scored_linears, scored_parameters, value_rows
 from alphatoken.baselines import Baseline
 from alphatoken.direction import GradientOptions, mean_gradient
-from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.model import prepare_model
 from alphatoken.pair_direction import PairWeights, pair_batch
 from alphatoken.pair_encode import EncodedPair
-from alphatoken.pair_scoring import PairEstimator, check_same_vocabulary, score_pair_table
+from alphatoken.pair_scoring import PairEstimator, score_pair_table
 from alphatoken.schema import BRANCHES
 from alphatoken.scoring import NOT_FINITE
 from alphatoken.value_propagation import ValuePropagation
@@ -258,10 +257,3 @@ def test_direction_by_pair_norm(models):
     for name, tensor in found.tensors.items():
         expected = sum(grad[name] / norm for grad, norm in zip(grads, norms, strict=True)) / 3
         assert relative_error(tensor, expected) < 1e-4
-
-
-def test_a_reference_with_another_vocabulary(models):
-    (policy, _), _ = models
-    other = prepare_model(tiny_model("llama", vocab_size=70))
-    with pytest.raises(UserError, match="vocabulary of 70 tokens, --model has 61"):
-        check_same_vocabulary(policy, other, "other")

@@ -28,6 +28,7 @@ from pipelines.encode import make_encoder
 from pipelines.fisher import run_fisher
 from pipelines.mask import run_mask
 from pipelines.score import LARGEST_SHARD, SMALLEST_SHARD, run_score, shard_tokens
+from tests.masked_folder import write_model
 
 WORDS = ["the", "answer", "is", "seven", "plus", "nine", "red", "beans", "per", "hour", "makes", "a", "total", "sum"]
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -278,6 +279,14 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(scored):
 )
 def test_mistakes_are_one_clear_sentence(tiny_checkpoint, files, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
+        run_score(configuration(tiny_checkpoint, files, tmp_path / "scored", **changes))
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_a_model_is_loaded(tiny_checkpoint, files, tmp_path):
+    other = write_model(tmp_path / "other", vocab_size=600)
+    (tmp_path / "other" / "model.safetensors").unlink()
+    changes = {"estimator": "excess_loss", "validation": [], "reference_model": other}
+    with pytest.raises(UserError, match="other has a vocabulary of 600 tokens, --model .* one of "):
         run_score(configuration(tiny_checkpoint, files, tmp_path / "scored", **changes))
 
 

@@ -265,6 +265,7 @@ def test_bad_inputs_are_refused_before_training(tmp_path, model, masked, monkeyp
 
     larger = write_model(tmp_path / "larger", vocab_size=600)
     refused("masked for a vocabulary of", **right | {"model": larger})
+    refused("larger has a vocabulary of 600", **right | {"objective": "dpo", "reference_model": larger})
     deeper = write_model(tmp_path / "deeper", num_hidden_layers=3)
     refused("num_hidden_layers 2.*has num_hidden_layers 3", **right | {"model": deeper})
     other = write_model(tmp_path / "other")
