@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alphatoken.embedded import resolve_model
-from alphatoken.errors import UserError
-from alphatoken.readers import first_line
+from alphatoken.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

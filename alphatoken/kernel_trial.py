@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from alphatoken.readers import first_line
+from alphatoken.errors import first_line
 
 logger = logging.getLogger(__name__)
 

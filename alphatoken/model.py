@@ -12,11 +12,10 @@ from alphatoken.architecture import check_adapter, decoder_layers
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.batching import Batch
 from alphatoken.embedded import resolve_model
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.head import LossHead, check_head
 from alphatoken.last_layer import local_linears, predicting_states
 from alphatoken.quantized_trunk import QuantizedTrunk
-from alphatoken.readers import first_line
 from alphatoken.spread_trunk import SpreadTrunk
 
 FINGERPRINT_SAMPLES = 2**16  # elements read per tensor: enough to see any training step, quick on a large model

@@ -18,7 +18,7 @@ from alphatoken.architecture import (
     value_rows,
 )
 from alphatoken.attention import NAME as ATTENTION
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.exact import choose_method
 from alphatoken.experts import is_routed
 from alphatoken.last_layer import local_linears
@@ -26,7 +26,6 @@ from alphatoken.model import resolve_dtype
 from alphatoken.plan import LayerShape, Method, ModelShape, Work, scoring_flops
 from alphatoken.plan_config import PlanConfig
 from alphatoken.plan_memory import Memory, actor_memory
-from alphatoken.readers import first_line
 from alphatoken.scoring import default_parameters
 from alphatoken.tangent_linear import wide_products
 from alphatoken.targets import target_names

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alphatoken import retries
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 
 ROWS_PER_FILE = 10**9  # row_id = file_index * ROWS_PER_FILE + position
 READ_ROWS = 256  # rows held in memory at once
@@ -89,11 +89,6 @@ def first_row(unit: ReadUnit) -> dict:
 def column_names(unit: ReadUnit) -> set[str]:
     """The columns of the first row that can be read. Raises UserError where there is none."""
     return set(first_row(unit))
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, short enough for one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @contextmanager

@@ -29,10 +29,9 @@ from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import Baseline
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import ScoreConfig
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, fingerprint, load_model
-from alphatoken.readers import first_line
 from alphatoken.targets import target_columns
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import Estimator, Targets

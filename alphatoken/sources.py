@@ -9,11 +9,10 @@ import re
 from posixpath import basename
 from typing import Any
 
-import fsspec
 import pyarrow.parquet as pq
 
 from alphatoken import retries
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.readers import (
     BYTE_ORDER_MARK,
     ROWS_PER_FILE,
@@ -21,12 +20,12 @@ from alphatoken.readers import (
     ReadUnit,
     SourceRow,
     column_names,
-    first_line,
     first_row,
     load_data_set,
     open_input,
     read_unit,
 )
+from alphatoken.storage import filesystem
 
 __all__ = [
     "ReadUnit", "SourceRow", "column_names", "data_fingerprint", "file_bytes", "first_row", "plan_units", "read_unit",
@@ -75,12 +74,12 @@ def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
 def file_bytes(units: list[ReadUnit], *kinds: str) -> int:
     """Size of the units' files of these kinds (jsonl, parquet), each file once. One of unknown size counts nothing."""
     files = {unit.path for unit in units if unit.kind in kinds}
-    return sum(fs.size(inner) or 0 for fs, inner in map(_file_system, sorted(files)))
+    return sum(fs.size(inner) or 0 for fs, inner in map(filesystem, sorted(files)))
 
 
 def _with_content(digest: Any, path: str) -> Any:
     """The digest with a file's size and content."""
-    fs, inner = _file_system(path)
+    fs, inner = filesystem(path)
 
     def hashed() -> Any:
         result, info = digest.copy(), fs.info(inner)
@@ -103,17 +102,9 @@ def _with_content(digest: Any, path: str) -> Any:
 # sources -> (kind, path)
 
 
-def _file_system(path: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it). Raises UserError for a protocol that is unknown or not installed."""
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{path} cannot be opened: {first_line(error)}.") from error
-
-
 def _resolve(source: str) -> list[Input]:
     """Every file or data set that a source stands for."""
-    fs, path = _file_system(source)
+    fs, path = filesystem(source)
     try:
         if fs.exists(path):
             found = _resolve_path(fs, path)
@@ -212,7 +203,7 @@ def _check_row_count(path: str, rows: int) -> None:
 
 
 def _check_jsonl(path: str) -> None:
-    fs, inner = _file_system(path)
+    fs, inner = filesystem(path)
     if fs.size(inner) == 0:
         raise UserError(f"{path} is empty (0 bytes): remove it from the data files.")
     with open_input(path) as stream:

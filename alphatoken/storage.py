@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.retries import retried
 
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{uri}: cannot open this kind of address ({error}); install its fsspec driver") from error
+        raise UserError(f"{uri} cannot be opened: {first_line(error)}; is its fsspec driver installed?") from error
 
 
 def join(uri: str, *parts: str) -> str:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from alphatoken.adapters import base_of, is_adapter, resolve_base
 from alphatoken.embedded import resolve_model
-from alphatoken.errors import UserError
-from alphatoken.readers import first_line
+from alphatoken.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

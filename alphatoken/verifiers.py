@@ -10,9 +10,8 @@ import math
 import sys
 from collections.abc import Callable
 
-from alphatoken.errors import BadRowError, UserError
+from alphatoken.errors import BadRowError, UserError, first_line
 from alphatoken.evaluation_rows import VERIFIERS
-from alphatoken.readers import first_line
 
 Verify = Callable[[str, str], float]
 

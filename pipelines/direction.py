@@ -34,7 +34,7 @@ from pipelines.encode import good_rows, make_encoder
 from pipelines.kept_sum import KeptSums, open_parts
 from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
 from pipelines.refused import Refused, died, reasons, report_refused, write_refused
-from pipelines.validation_rows import batch_of, batches_of, computed, losses_of, validation_blocks
+from pipelines.validation_rows import batch_of, batches_of, computed, profiled_losses, validation_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _gradients(
     report_refused("validation", mean.num_rows, refused)
     losses = None
     if config.validation_objective == "sft":
-        losses = losses_of(scoring, config, encoder, killed)
+        losses = profiled_losses(scoring, config, encoder, killed)
     return _Gradients(config, halves, mean, refused, losses)
 
 

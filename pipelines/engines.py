@@ -17,10 +17,9 @@ import torch
 
 from alphatoken.batching import plan_batches
 from alphatoken.embedded import resolve_model
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.generate_config import EngineOptions, SamplingOptions
 from alphatoken.model import default_device, load_model
-from alphatoken.readers import first_line
 from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines import metrics

@@ -15,11 +15,10 @@ import torch
 
 from alphatoken.batching import plan_batches
 from alphatoken.config import DataOptions
-from alphatoken.errors import BadRowError, UserError
+from alphatoken.errors import BadRowError, UserError, first_line
 from alphatoken.generate_config import PairConfig
 from alphatoken.model import default_device
 from alphatoken.pairing import Candidate
-from alphatoken.readers import first_line
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier, score_response
 from pipelines.cluster import prepare_worker

@@ -34,7 +34,7 @@ def validation_blocks(
         yield block
 
 
-def losses_of(
+def profiled_losses(
     scoring: ScoringModel, config: ScoreConfig | DirectionConfig, encoder: Encoder, killed: Collection[int]
 ) -> TokenLosses:
     """Losses of the first usable validation rows at the current weights. killed: row ids to pass over."""

@@ -7,11 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.evidence import grid
+from benchmarks.evidence.grid import ADDED
 from benchmarks.evidence.stats import gap_closed, mean_interval, paired
 
-FULL, ORACLE = "full", "oracle"
-ADDED = " + validation rows"
-DEFAULT = "suspect tokens in excess and rows"
+FULL, ORACLE, DEFAULT = grid.FULL.name, grid.ORACLE.name, grid.EXCESS_RULE.name
 
 
 @dataclass(frozen=True)
