@@ -117,11 +117,15 @@ def meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     config = load_config(name, trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", trust_remote_code=trust_remote_code, dtype=torch.bfloat16
             )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot make model {name!r} from its configuration: {first_line(error)}") from error
+    model.set_attn_implementation(ATTENTION)  # now: some models know no other than their own when they are made
+    if is_routed(model):
+        model.set_experts_implementation("batched_mm")  # the default looks at how tensors lie in memory
+    return model
 
 
 def shape_of(model: PreTrainedModel, values: bool = False) -> ModelShape:
@@ -138,9 +142,6 @@ def shape_of(model: PreTrainedModel, values: bool = False) -> ModelShape:
 
 def _local_products(model: PreTrainedModel) -> int:
     """Of what last_layer.py leaves out; 0 where the meta device cannot run the model."""
-    model.set_attn_implementation(ATTENTION)
-    if is_routed(model):
-        model.set_experts_implementation("batched_mm")  # the default looks at how tensors lie in memory
     try:
         return sum(cast(nn.Linear, module).weight.numel() for module in local_linears(model))
     except (RuntimeError, ValueError):

@@ -17,6 +17,7 @@ from common import in_own_process, print_table, write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken.architecture import first_scored_layer
+from alphatoken.attention import NAME as ATTENTION
 from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.plan import Method, ModelShape, count_work, forward_flops, scoring_flops
 from alphatoken.plan_model import meta_model, shape_of
@@ -52,6 +53,7 @@ def shape_by_name(name: str) -> tuple[ModelShape, dict[str, int]]:
     if name in SHAPES:
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+        model.set_attn_implementation(ATTENTION)
     else:
         model = meta_model(name)
     return shape_of(model, values=True), {p: first_scored_layer(model, p) for p in (speed.K3, speed.ALL)}

@@ -186,7 +186,7 @@ def test_parameters_are_those_of_a_real_model(architecture, tmp_path):
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
     values = architecture in ARCHITECTURES
     shape = shape_of(meta, values)
-    assert shape == shape_of(model, values)
+    assert shape == shape_of(prepare_model(model).model, values)
     assert shape.parameters == sum({id(p): p.numel() for p in model.parameters()}.values())
     for parameters, first in (("last-layers:1", 3), ("all-linear", 0)):
         method = Method("forward", first)
