@@ -13,10 +13,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ from benchmarks.evidence.rules import Rule
 from benchmarks.evidence.runs import Lab, Study
 
 logger = logging.getLogger("benchmarks.evidence")
+OUTPUT = Path("docs/results/evidence")
+Settings = TypeVar("Settings", Forgetting, Preference)
 PARTS = ("training", "detection", "answers", "forgetting", "preference", "tables")
 DETECTION = (("mixed", 0), ("tokens", 0))
 ANSWERED = (("tokens", 0, (None, FULL, ORACLE, EXCESS_RULE)),)  # None: the model as it was
@@ -194,10 +197,17 @@ class Work:
         plots.compute(results, "mixed", self.output / "compute.png")
 
 
+def sized(settings: Settings, size: dict) -> Settings:
+    """With another model and other layers."""
+    return replace(settings, study=replace(settings.study, **size))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/evidence"))
+    parser.add_argument("--output", type=Path, help=f"default: {OUTPUT}; of another model or other layers, give one")
+    parser.add_argument("--model", default=Study.model, help="a Llama-like one: hub name or folder")
+    parser.add_argument("--layers", type=int, default=Study.layers, help="the last ones, trained and valued; 0: all")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="the default")
     length.add_argument("--full", action="store_true", help="more seeds")
@@ -214,7 +224,10 @@ def main() -> None:
         wanted = [run for run in wanted if run.seed in arguments.seeds]
     if arguments.tasks is not None:
         wanted = [run for run in wanted if f"{run.set}:{run.seed}" in arguments.tasks]
-    work = Work(Study(), arguments.data_dir, arguments.output)
+    size = {"model": arguments.model, "layers": arguments.layers}
+    if arguments.output is None and replace(Study(), **size) != Study():
+        parser.error("results of another model or other layers need an --output of their own")
+    work = Work(replace(Study(), **size), arguments.data_dir, arguments.output or OUTPUT)
     if "training" in arguments.only:
         work.train(wanted)
     if "detection" in arguments.only:
@@ -223,10 +236,10 @@ def main() -> None:
         work.answer()
     seeds = arguments.seeds or range(5 if arguments.full else 3)
     if "forgetting" in arguments.only:
-        work.forget(seeds, arguments.rules, Forgetting())
+        work.forget(seeds, arguments.rules, sized(Forgetting(), size))
     if "preference" in arguments.only:
-        work.prefer(seeds, arguments.rules, Preference())
-        work.prefer(seeds, arguments.rules, Preference(flipped=0.0))
+        for flipped in (Preference.flipped, 0.0):
+            work.prefer(seeds, arguments.rules, sized(Preference(flipped=flipped), size))
     if "tables" in arguments.only:
         work.tables()
 

@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass
 class Costs:
@@ -22,11 +24,13 @@ class Costs:
 
 
 class Clock:
-    """CPU time does not count pauses of the machine; wall time does."""
+    """CPU time does not count pauses of the machine; wall time does, and what a GPU does."""
 
     def __enter__(self) -> "Clock":
         self._cpu, self._wall = time.process_time(), time.perf_counter()
         return self
 
     def __exit__(self, *exception) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.cpu, self.wall = time.process_time() - self._cpu, time.perf_counter() - self._wall

@@ -17,6 +17,7 @@ import numpy as np
 
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.encode import Encoder
+from alphatoken.model import default_device
 
 LONGEST = 160  # tokens of a row, prompt and chat template included
 TRAINING_ROWS = 192
@@ -146,7 +147,9 @@ def _shuffled(
 
 
 def batch_of(rows: list[Row]) -> Batch:
-    return make_batch([r.input_ids for r in rows], [r.response_mask for r in rows], [r.row_id for r in rows])
+    """On the GPU where there is one, as the models are."""
+    batch = make_batch([r.input_ids for r in rows], [r.response_mask for r in rows], [r.row_id for r in rows])
+    return batch.to(default_device())
 
 
 def batches_of(rows: list[Row], batch_tokens: int = 2048) -> list[tuple[list[int], Batch]]:

@@ -218,5 +218,6 @@ def sampled_fisher(lab: Lab, prompts: list[list[int]], max_new_tokens: int) -> T
         drawn = draw_samples(whole, lab.source.encoder.tokenizer, group, seeds, options, set(lab.end_of_turn))
         samples += [(prompt, sample.token_ids) for prompt, sample in zip(group, drawn, strict=True)]
     lab.trainer.reset()
-    batches = (sampled_batch(samples[i : i + FISHER_ROWS]) for i in range(0, len(samples), FISHER_ROWS))
+    groups = (samples[i : i + FISHER_ROWS] for i in range(0, len(samples), FISHER_ROWS))
+    batches = (sampled_batch(group).to(lab.scoring.device) for group in groups)
     return diagonal_fisher(lab.scoring, batches, "all-linear").tensors

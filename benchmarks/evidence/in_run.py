@@ -70,8 +70,8 @@ class InRunJudge:
     def _weigh(self, part: list[Row], losses: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Weights N of a step from what its forward pass found; kept in `found`."""
         offsets = np.concatenate([[0], np.cumsum([sum(row.response_mask) for row in part])])
-        self.found = self._weights(part, Values(values.double().numpy(), losses.double().numpy(), offsets))
-        return torch.cat([weight_of(row, self.found) for row in part]).to(losses.dtype)
+        self.found = self._weights(part, Values(values.double().cpu().numpy(), losses.double().cpu().numpy(), offsets))
+        return torch.cat([weight_of(row, self.found) for row in part]).to(losses)
 
     def _weights(self, part: list[Row], values: Values) -> Weights:
         found = self.lab.weights_by_row(self.rule, self.scorer, part, values, self.held_out)

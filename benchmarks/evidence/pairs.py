@@ -18,7 +18,7 @@ from alphatoken.batching import Batch, plan_batches
 from alphatoken.errors import BadRowError
 from alphatoken.head import TrainedLosses
 from alphatoken.losses import dpo_loss
-from alphatoken.model import ScoringModel
+from alphatoken.model import ScoringModel, default_device
 from alphatoken.pair_direction import pair_batch
 from alphatoken.pair_encode import EncodedPair, PairEncoder
 
@@ -76,10 +76,15 @@ def make_pair_task(pairs: list[Pair], seed: int, count: int, validation: int, fl
     return PairTask([train[i] for i in np.random.default_rng([seed, 1]).permutation(count)], known)
 
 
+def batch_of_pairs(pairs: Sequence[Pair]) -> Batch:
+    """On the GPU where there is one."""
+    return pair_batch([pair.ids for pair in pairs]).to(default_device())
+
+
 def pair_batches(pairs: Sequence[Pair]) -> Iterator[tuple[list[int], Batch]]:
     """(indices into pairs, batch) of pairs of similar length."""
     for group in plan_batches([2 * pair.longest for pair in pairs], BATCH_TOKENS):
-        yield group, pair_batch([pairs[i].ids for i in group])
+        yield group, batch_of_pairs([pairs[i] for i in group])
 
 
 class Reference:
@@ -129,13 +134,13 @@ def add_dpo_gradient(
 
     Returns the loss.
     """
-    batch = pair_batch([pair.ids for pair in pairs])
+    batch = batch_of_pairs(pairs)
     hidden = decoder(scoring.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     losses, _ = TrainedLosses.apply(
         hidden[batch.predicting], scoring.head.projection.weight, batch.targets, scoring.head
     )  # fmt: skip
     here, there = _grid(batch, -losses), _grid(batch, reference.of(pairs))
-    kept_grid = _grid(batch, kept.to(losses.dtype)).bool()
+    kept_grid = _grid(batch, kept.to(losses)).bool()
     count = len(pairs)
     loss = dpo_loss(
         here[:count], here[count:], kept_grid[:count], kept_grid[count:], there[:count], there[count:], beta
@@ -147,5 +152,5 @@ def add_dpo_gradient(
 
 def _grid(batch: Batch, per_token: torch.Tensor) -> torch.Tensor:
     """N values at their labels, (2P, T); zero elsewhere."""
-    grid = torch.zeros(batch.input_ids.shape, dtype=per_token.dtype)
+    grid = per_token.new_zeros(batch.input_ids.shape)
     return grid.masked_scatter(batch.response_mask, per_token)

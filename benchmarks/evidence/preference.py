@@ -199,7 +199,7 @@ class PreferenceLab:
         direction = self._direction()
         estimator = PairEstimator(Exact(scoring, "all-linear", direction), scoring, self.start)
         table, failures, _ = score_pair_table(
-            pair_table(window), estimator, BATCH_TOKENS, torch.device("cpu"), beta
+            pair_table(window), estimator, BATCH_TOKENS, scoring.device, beta
         )  # fmt: skip
         if failures:
             raise ValueError(f"pairs without values: {failures}")

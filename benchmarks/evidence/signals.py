@@ -159,7 +159,7 @@ def score(estimator, rows: list[Row]) -> Values:
     for group, batch in batches_of(rows):
         found = estimator(batch)
         streams = torch.stack([found.adaptation, found.logprobs, found.stability], dim=1).double()
-        by_row |= {i: part.numpy().T for i, part in zip(group, batch.split(streams), strict=True)}
+        by_row |= {i: part.cpu().numpy().T for i, part in zip(group, batch.split(streams), strict=True)}
     order = range(len(rows))
     offsets = np.concatenate([[0], np.cumsum([by_row[i].shape[1] for i in order])]).astype(np.int64)
     adaptation, logprobs, stability = np.concatenate([by_row[i] for i in order], axis=1)
@@ -202,7 +202,7 @@ def backward(scoring: ScoringModel, batch, weights: torch.Tensor | Weigh | None)
     predicting = hidden[batch.predicting]
     if callable(weights):
         return _backward_weighed(scoring, batch, predicting, weights)
-    weights = torch.ones(len(predicting)) if weights is None else weights
+    weights = predicting.new_ones(len(predicting)) if weights is None else weights.to(predicting.device)
     used = weights > 0
     if not used.any():
         return float("nan")

@@ -32,7 +32,7 @@ class CachedTrunk(nn.Module):
         """TD of one row without its padding (id 0 on the right)."""
         used = row.nonzero()
         row = row[: int(used[-1]) + 1 if len(used) else 1]
-        key = row.numpy().tobytes()
+        key = row.cpu().numpy().tobytes()
         if key not in self.kept:
             self.kept[key] = self._trunk[0](input_ids=row[None], use_cache=False).last_hidden_state[0].clone()
         return self.kept[key]
