@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+ALL_PLAIN = "all %d steps train on every token, since the first %d do: lower --plain-steps"
+
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """Row indices in the order of an epoch."""
@@ -63,6 +65,11 @@ class Schedule:
     def first_window(self) -> int:
         """The step that the first window begins with."""
         return 0 if self.generates else self.plain_steps
+
+    @property
+    def is_all_plain(self) -> bool:
+        """Whether the run ends before anything is valued."""
+        return self.plain_steps >= self.total_steps
 
     def is_plain(self, window: Window) -> bool:
         """Whether the window is trained on whole."""

@@ -11,6 +11,7 @@ from alphatoken import direction as directions
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import Batch
 from alphatoken.in_run import InRun
+from alphatoken.schedule import ALL_PLAIN
 from alphatoken.suspects import TokenLosses
 from alphatoken.train_config import BY_LOSS, BY_VALUE
 
@@ -60,10 +61,7 @@ class Refreshing(_Trainer):
         """Once per optimizer step: a new direction where one is due, the drift of the current weights always."""
         step, last = self.state.global_step, self.state.max_steps
         if not step and last <= self.plan.plain_steps and self.accelerator.is_main_process:
-            logger.warning(
-                "all %d steps train on every token, since the first %d do: lower --plain-steps", last,
-                self.plan.plain_steps,
-            )  # fmt: skip
+            logger.warning(ALL_PLAIN, last, self.plan.plain_steps)
         if step < self.plan.plain_steps:
             return
         if not self._ready or step - self._refreshed_at >= self.plan.refresh_every:

@@ -27,7 +27,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from alphatoken import storage
 from alphatoken.batching import split_evenly
 from alphatoken.rounds_config import RoundsConfig
-from alphatoken.schedule import Schedule, Window
+from alphatoken.schedule import ALL_PLAIN, Schedule, Window
 from alphatoken.train_config import BY_LOSS, BY_VALUE
 from pipelines.board import Board, ask
 from pipelines.cluster import torch_threads, user_errors
@@ -52,15 +52,22 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
     training = begin(config, num_cpus=_logical_cpus(config))
     if training is None:
         return finished_manifest(config)
-    if config.rule == "none":
-        logger.warning(NO_RULE)
     schedule = make_schedule(training)
+    warn_of_nothing(config, schedule)
     done = finished_windows(training.output, schedule)
     board = Board.remote(done)  # type: ignore[attr-defined]
     with user_errors(), valuing_windows(training, schedule, board, done) as stages:
         result = fit(training, progress, Live(board, schedule))
     windows = finished_windows(training.output, schedule)
     return finish(training, result, {"rounds": _summary(schedule, windows, stages, result.return_value["seconds"])})
+
+
+def warn_of_nothing(config: RoundsConfig, schedule: Schedule) -> None:
+    """Where no token will be valued: as the rule says, or since the run is that short and nobody asked for it."""
+    if config.rule == "none":
+        logger.warning(NO_RULE)
+    elif schedule.is_all_plain and "plain_steps" not in config.model_fields_set:
+        logger.warning(ALL_PLAIN, schedule.total_steps, config.plain_steps)
 
 
 def make_schedule(training: Training) -> Schedule:

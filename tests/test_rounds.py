@@ -25,7 +25,7 @@ from alphatoken.token_classes import class_of_ids
 from alphatoken.tokenizer import load_tokenizer
 from pipelines.dry_run import dry_run
 from pipelines.live_values import validation_batches
-from pipelines.rounds import make_schedule, run_rounds
+from pipelines.rounds import make_schedule, run_rounds, warn_of_nothing
 from pipelines.train import read_metrics
 from tests.rounds_runs import WORDS, config_of, make_inputs, use_one_thread, weights_at, windows_of
 
@@ -38,6 +38,21 @@ def inputs(tmp_path_factory) -> dict:
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     use_one_thread(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"max_steps": 12}, "all 12 steps train on every token, since the first 12 do"),
+        ({"max_steps": 13}, ""),
+        ({"max_steps": 12, "plain_steps": 12}, ""),
+        ({"rule": "none"}, "with --rule none"),
+    ],
+)
+def test_a_run_that_values_nothing_says_so(inputs, tmp_path, caplog, changes, said):
+    config = RoundsConfig(**inputs, output=str(tmp_path / "out"), **{"max_steps": 40} | changes)
+    warn_of_nothing(config, make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30))))
+    assert said in caplog.text and (said or not caplog.text)
 
 
 @pytest.mark.slow
