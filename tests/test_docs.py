@@ -35,7 +35,9 @@ CONFIG_FILES["runs/scored/manifest.json"] = CONFIG_FILES["run.yaml"]  # a run's 
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 # In running text, options that are not of our commands: `./start`, pip, ray, benchmarks.
-FOREIGN_OPTIONS = {"full", "no-deps", "working-dir", "batch-size", "rules", "tasks", "threads", "seeds", "only"}
+FOREIGN_OPTIONS = {
+    "full", "no-deps", "working-dir", "batch-size", "rules", "tasks", "threads", "seeds", "only", "layers",
+}  # fmt: skip
 
 
 def parse(argv: list[str]) -> int:
