@@ -33,12 +33,11 @@ def _contract(
 
 
 def contract(delta: torch.Tensor, matrix: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """N, float32. delta: (N, D_out); matrix: (D_out, D_in); h: (N, D_in); of one dtype, float32 or bfloat16."""
+    """N (at least 1), float32. delta: (N, D_out); matrix: (D_out, D_in); h: (N, D_in); all float32 or all bfloat16."""
     (tokens, d_in), d_out = h.shape, len(matrix)
     blocks = triton.cdiv(d_out, OUT)
     parts = h.new_empty(blocks, tokens, dtype=torch.float32)
-    if tokens:
-        _contract[(triton.cdiv(tokens, TOKENS), blocks)](
-            delta.contiguous(), matrix.contiguous(), h.contiguous(), parts, tokens, d_out, d_in, TOKENS, OUT, IN
-        )
+    _contract[(triton.cdiv(tokens, TOKENS), blocks)](
+        delta.contiguous(), matrix.contiguous(), h.contiguous(), parts, tokens, d_out, d_in, TOKENS, OUT, IN
+    )
     return parts.sum(0)
