@@ -67,6 +67,7 @@ PUBLISHED_IN_RUN = replace(
 )  # fmt: skip
 SOFT = replace(FRESH, name="exact, worst 20%, soft weights", soft=True)
 WORST_TWENTIETH = replace(FRESH, name="exact, worst 5%", keep=0.95)
+FRESHER = replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4)
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *SHARED_RULES,
@@ -100,19 +101,20 @@ VARIANTS = [
     replace(FRESH, name="exact, worst 30%", keep=0.7),
     WORST_TWENTIETH,
     replace(FRESH, name="exact, worst 20%, directions of unit rows", signal=SEQUENCE),
-    replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4),
+    FRESHER,
     replace(FRESH, name="exact, worst 20%, every step", refresh=1),
     replace(FULL, name="full, 112 steps", steps=112),
     with_validation(FRESH),
 ]
 IN_RUN = VARIANTS[0]
 ONCE = [rule for rule in VARIANTS if rule.excess is not None and ", once at" in rule.name]  # what `mask` can do
-HELPED = [  # on both noisy sets, one seed
+HELPED = [  # on both noisy sets, with seed 0
     next(rule for rule in VARIANTS if rule.excess is not None and rule.refresh == 4),
     ROWS_THEN_TOKENS,
     PUBLISHED_IN_RUN,
     SOFT,
     WORST_TWENTIETH,
+    FRESHER,
 ]
 ON_CLEAN = [IN_RUN, *SHARED_RULES, *ONCE, *HELPED]
 
