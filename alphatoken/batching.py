@@ -6,9 +6,12 @@ Padding is on the right, where causal attention never looks, so no attention mas
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from alphatoken.device_copies import to_device
 
 MAX_PADDING = 0.03  # of the computed positions
 SMALLEST_BATCH = 1 / 16  # of the token budget: below this, padding is cheaper than another batch
@@ -23,9 +26,15 @@ class Batch:
     row_ids: torch.Tensor  # B int64
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids.to(device), self.response_mask.to(device), self.row_ids)
+        """There, with the places that its mask names: to find them on a GPU, the host would wait for all its work."""
+        moved = Batch(to_device(self.input_ids, device), to_device(self.response_mask, device), self.row_ids)
+        rows, positions = self.predicting
+        moved.__dict__["predicting"] = to_device(rows, device), to_device(positions, device)
+        for name in ("span_places", "targets"):
+            moved.__dict__[name] = to_device(getattr(self, name), device)
+        return moved
 
-    @property
+    @cached_property
     def predicting(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row index N, position index N) of the positions that predict a response token: label index - 1."""
         rows, labels = self.response_mask[:, 1:].nonzero(as_tuple=True)
@@ -38,19 +47,19 @@ class Batch:
         predicts[:, :-1] = self.response_mask[:, 1:]
         return (predicts.cumsum(1) > 0) & (predicts.flip(1).cumsum(1).flip(1) > 0)
 
-    @property
+    @cached_property
     def span_places(self) -> torch.Tensor:
         """int64: the positions of `span` among the B * T, flattened."""
         return self.span.flatten().nonzero().squeeze(1)
 
-    @property
+    @cached_property
     def targets(self) -> torch.Tensor:
         """N int64: the response tokens themselves."""
         return self.input_ids[:, 1:][self.response_mask[:, 1:]]
 
     @property
     def num_response_tokens(self) -> int:
-        return int(self.response_mask[:, 1:].sum())
+        return len(self.targets)
 
     def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
         """N values in row-major order to one tensor per row (length: its response tokens)."""

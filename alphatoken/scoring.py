@@ -1,22 +1,11 @@
 """A table of encoded rows to a table of scored rows, and the estimator that a configuration asks for.
 
-A batch that cannot be computed is halved until single rows are left that cannot. They are put aside with a reason: out
-of memory, or the error of the computation. Other errors than memory are put down to rows only on evidence:
-
-- some other row of the block could be computed: the failing ones are put aside;
-- none could, and their errors, out of memory aside, are two or more of one type: a bug or a wrong set-up, the first
-  is raised;
-- none could otherwise (a block of one row, rows too long for the memory, errors of several types): two tokens of the
-  shortest row are computed alone. If even they fail, that error is raised; else the rows are put aside.
-
-A CUDA error other than out of memory is always raised: it leaves the device unusable for good rows too.
+What becomes of rows that cannot be computed: failed_batches.py.
 """
 
-import gc
-import logging
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,20 +18,19 @@ from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import Baseline
 from alphatoken.batching import Batch, make_batch, plan_batches
 from alphatoken.config import ScoreConfig
-from alphatoken.errors import UserError, first_line
+from alphatoken.device_copies import Fetch
+from alphatoken.errors import UserError
 from alphatoken.exact import Exact
+from alphatoken.failed_batches import check_set_up, probe, reason_of, with_halves
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.targets import target_columns
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import Estimator, Targets
 
-logger = logging.getLogger(__name__)
-
 NOT_FINITE = "a value or loss is not finite (NaN or infinity): the model overflows on this row"
-# What torch says on CPUs and what drivers say beside torch.OutOfMemoryError
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
-Evaluate = Callable[[list[int]], tuple[Batch, dict[str, torch.Tensor]]]  # row indices -> per-token results on the CPU
+Item = TypeVar("Item")
+Computed = tuple[Batch, Fetch]  # a batch and its per-token results, one row per name
 
 
 def default_parameters(estimator: str) -> str:
@@ -130,119 +118,57 @@ def score_columns(
     """Value every response token of the given rows, in batches of rows of similar length.
 
     more: names in the estimator's terms that become columns too. owners: the same number for rows that are branches of
-    one pair. Raises UserError, and what the estimator raises, where the failures are not the rows' own: see above.
+    one pair. Raises UserError, and what the estimator raises, where the failures are not the rows' own: see
+    failed_batches.py.
     """
     lengths = [len(row) for row in input_ids]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     names = ["adaptation", "stability", "logprobs", *(schema.TERMS if terms else ()), *more]
     flat = {name: np.zeros(starts[-1], dtype=np.float32) for name in names}
 
-    def compute(ids: list, masks: list, numbers: list[int]) -> tuple[Batch, dict[str, torch.Tensor]]:
+    def compute(ids: list, masks: list, numbers: list[int]) -> Computed:
         batch = make_batch(ids, masks, numbers)
         values = estimator(batch.to(device))
+        zero = torch.zeros_like(values.adaptation)
         tensors = {"adaptation": values.adaptation, "stability": values.stability, "logprobs": values.logprobs}
-        tensors |= {name: values.terms[name] for name in names if name in values.terms}
-        return batch, {name: tensor.float().cpu() for name, tensor in tensors.items()}
+        return batch, Fetch(torch.stack([(tensors | values.terms).get(name, zero).float() for name in names]))
 
-    def evaluate(indices: list[int]) -> tuple[Batch, dict[str, torch.Tensor]]:
+    def evaluate(indices: list[int]) -> Computed:
         return compute([input_ids[i] for i in indices], [response_masks[i] for i in indices],
                        [row_ids[i] for i in indices])  # fmt: skip
 
     failures: dict[int, str] = {}
     errors: dict[int, Exception] = {}
     computed = 0
-    for planned in plan_batches(lengths, batch_tokens):
-        for indices, (batch, tensors) in _with_halves(evaluate, planned, errors):
-            computed += batch.input_ids.numel()
-            parts = {name: batch.split(tensor) for name, tensor in tensors.items()}
-            for b, i in enumerate(indices):
-                if not all(torch.isfinite(part[b]).all() for part in parts.values()):
-                    failures[i] = NOT_FINITE
-                    continue
-                where = starts[i] + np.flatnonzero(response_masks[i])
-                for name, part in parts.items():
-                    flat[name][where] = part[b].numpy()
+    planned = plan_batches(lengths, batch_tokens)
+    launched = (part for indices in planned for part in with_halves(evaluate, indices, errors))
+    for indices, (batch, values) in _one_behind(launched):
+        computed += batch.input_ids.numel()
+        ends = batch.response_mask.sum(1).cumsum(0).numpy()
+        for i, part in zip(indices, np.split(values.wait().numpy(), ends[:-1], axis=1), strict=True):
+            if not np.isfinite(part).all():
+                failures[i] = NOT_FINITE
+                continue
+            where = starts[i] + np.flatnonzero(response_masks[i])
+            for name, found in zip(names, part, strict=True):
+                flat[name][where] = found
     if errors and len(errors) == len(lengths):
         shortest = min(errors, key=lambda i: lengths[i])
-        _check_set_up({(owners or range(len(lengths)))[i]: error for i, error in errors.items()})
-        _probe(lambda: compute([input_ids[shortest][:2]], [[False, True]], [row_ids[shortest]]), len(errors), device)
-    failures |= {i: _reason(error, lengths[i]) for i, error in errors.items()}
+        check_set_up({(owners or range(len(lengths)))[i]: error for i, error in errors.items()})
+        probe(lambda: compute([input_ids[shortest][:2]], [[False, True]], [row_ids[shortest]]), len(errors), device)
+    failures |= {i: reason_of(error, lengths[i]) for i, error in errors.items()}
     return ScoredColumns(flat, failures, computed)
 
 
-def _with_halves(
-    evaluate: Evaluate, indices: list[int], errors: dict[int, Exception]
-) -> Iterator[tuple[list[int], tuple[Batch, dict[str, torch.Tensor]]]]:
-    """(row indices, results) of every part of a batch that can be computed; single rows that cannot go to `errors`."""
-    waiting = [indices]
-    while waiting:
-        part = waiting.pop()
-        try:
-            result = evaluate(part)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model or a kernel raises
-            if _is_device_broken(error):
-                raise
-            traceback.clear_frames(error.__traceback__)  # its frames hold the tensors that filled the memory
-            failed = error
-        else:
-            yield part, result
-            continue
-        if is_out_of_memory(failed):
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(part) > 1:
-                logger.warning("out of memory on a batch of %d rows, trying halves of it; a smaller --batch-tokens "
-                               "saves the attempt", len(part))  # fmt: skip
-        if len(part) == 1:
-            errors[part[0]] = failed
-        else:
-            half = len(part) // 2
-            waiting += [part[half:], part[:half]]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less work at once may help."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
-
-
-def _is_device_broken(error: Exception) -> bool:
-    broken = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-    return broken and not is_out_of_memory(error)
-
-
-def _check_set_up(errors: dict[int, Exception]) -> None:
-    """Raises the first of the errors (by row or pair) where no row could be computed and several failed alike."""
-    others = [error for error in errors.values() if not is_out_of_memory(error)]
-    if len(others) > 1 and len({type(error) for error in others}) == 1:
-        others[0].add_note(f"Every one of {len(errors)} rows failed like this: a bug or a wrong set-up, not the rows.")
-        raise others[0]
-
-
-def _probe(compute: Callable[[], object], rows: int, device: torch.device) -> None:
-    """Raises where not even two tokens can be computed, so that the rows are not to blame."""
-    try:
-        compute()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"None of {rows} rows can be scored, nor two tokens alone: out of memory on {device}. Free its memory, or "
-            "score with fewer actors per machine, a smaller model or --dtype bfloat16."
-        ) from error
-
-
-def _reason(error: Exception, length: int) -> str:
-    if is_out_of_memory(error):
-        return (
-            f"out of memory with this row alone in its batch ({length} tokens): lower --max-length or score it on a "
-            "device with more memory"
-        )
-    return f"the computation of this row failed ({type(error).__name__}: {first_line(error)})"
+def _one_behind(launched: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each when the next one is there: a GPU computes that while the host writes this one down."""
+    before = next(launched, None)
+    for item in launched:
+        assert before is not None
+        yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 def score_table(

@@ -12,8 +12,9 @@ from alphatoken.baselines import Baseline
 from alphatoken.batching import make_batch
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact
+from alphatoken.failed_batches import is_out_of_memory
 from alphatoken.model import prepare_model
-from alphatoken.scoring import NOT_FINITE, is_out_of_memory, score_table
+from alphatoken.scoring import NOT_FINITE, score_table
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import TokenValues
 
