@@ -26,7 +26,8 @@ from alphatoken.scoring import default_parameters
 from alphatoken.sources import plan_units
 from pipelines.direction import make_direction
 from pipelines.encode import EncodePlan, encode_units
-from pipelines.score import ScorePlan, Scorer, run_score, shard_tokens
+from pipelines.score import run_score, shard_tokens
+from pipelines.scorer import ScorePlan, Scorer
 
 LINES: dict[str, dict[str, Any]] = {
     "loss": {"estimator": "loss"},

@@ -80,22 +80,30 @@ def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:
     return max(1, (os.cpu_count() or 1) // actors if alone else int(cpus_per_actor))
 
 
-def actor_pool(low: int, high: int, queued: bool = True) -> Any:
+def actor_pool(low: int, high: int, ahead: bool | None = None) -> Any:
     """Actors that call a class of ours in the thread that has made it.
 
-    `queued`: whether a block waits at each busy actor, so that a GPU need not wait for the next one. On CPUs the last
-    blocks would wait at one actor while another is idle. A pool that grows always queues: Ray grows it by its queues.
+    `ahead`: whether an actor is called with a block while it still writes the one before (the class takes turns at the
+    device: pipelines/turns.py) and a third one waits there, so that a GPU need wait for neither rows nor storage. If
+    False, an actor gets a block when it has done with the last: on CPUs there is nothing to gain, and the last blocks
+    would wait at one actor while another is idle. None: one call at a time, and another block waits. A pool that grows
+    always has blocks wait: Ray grows it by its queues.
 
-    Ray Data would call it in another one. OpenMP keeps a pool of threads for each, together more than there are cores,
-    and then every parallel operation waits tens of microseconds for its threads to wake up. An actor still takes one
-    block at a time.
+    Ray Data would call it in another thread. OpenMP keeps a pool of threads for each, together more than there are
+    cores, and then every parallel operation waits tens of microseconds for its threads to wake up.
     """
     from ray.data import ActorPoolStrategy
 
+    calls = 2 if ahead else 1
     if low == high:
-        in_flight = None if queued else 1
-        return ActorPoolStrategy(size=high, enable_true_multi_threading=True, max_tasks_in_flight_per_actor=in_flight)
-    return ActorPoolStrategy(min_size=low, max_size=high, enable_true_multi_threading=True)
+        in_flight = None if ahead is None else 3 if ahead else 1
+        return ActorPoolStrategy(
+            size=high, enable_true_multi_threading=True, max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=in_flight,
+        )  # fmt: skip
+    return ActorPoolStrategy(
+        min_size=low, max_size=high, enable_true_multi_threading=True, max_concurrent_calls_per_actor=calls
+    )
 
 
 def prepare_worker(threads: int) -> None:

@@ -71,7 +71,9 @@ def worker_id() -> str:
 
 
 def time_per_worker(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the manifest, from commit records: what each worker did and in how many seconds, the busiest first."""
+    """For the manifest, from commit records: what each worker did and in how many seconds, the busiest first. Where
+    workers take turns at a device: the seconds in which it had nothing to do before a block.
+    """
     found: dict[str, dict[str, Any]] = {}
     for record in records:
         if "worker" not in record:
@@ -83,6 +85,8 @@ def time_per_worker(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         own["rows"] += record["counts"]["rows_in"]
         own["response_tokens"] += record["counts"].get("response_tokens", 0)
         own["seconds"] += record["seconds"]
+        if "idle_seconds" in record["counts"]:
+            own["idle_seconds"] = round(own.get("idle_seconds", 0.0) + record["counts"]["idle_seconds"], 3)
     busiest = sorted(found.values(), key=lambda own: -own["seconds"])
     return [own | {"seconds": round(own["seconds"], 3)} for own in busiest]
 

@@ -52,6 +52,7 @@ class Attempt:
         self.deaths: list[dict] = []  # notes of the processes that died
         self.passed = False  # whether some row of the block was ever computed
         self.deadly: dict[int, str] = {}  # {row index: reason} of rows that are put aside
+        self.announced = False  # whether the whole block is noted
         if not table.num_rows:
             return
         self.uri = storage.join(output, "attempts", f"{int(self.row_ids.min()):015d}.json")
@@ -94,11 +95,20 @@ class Attempt:
             return
         self.deadly = self._deadly_rows()
         for doing, indices in self._groups(self.deadly):
-            self._note(doing, indices)
+            if doing != BLOCK or not self.announced:
+                self._note(doing, indices)
             yield indices
             self.passed = True
         if self.deaths:
             self._note(AFTER, [])
+
+    def announce(self) -> None:
+        """Note a first attempt before its turn comes, so that a GPU need not wait for storage. If another block kills
+        the process meanwhile, this one is thought guilty once, and has the process to itself from then on.
+        """
+        if self.table.num_rows and not self.deaths:
+            self._note(BLOCK, range(self.table.num_rows))
+            self.announced = True
 
     def end(self) -> None:
         """The block is committed."""
@@ -161,6 +171,6 @@ class Attempt:
                 counts += (self.row_ids >= first) & (self.row_ids <= last)
         return counts
 
-    def _note(self, doing: str, indices: list[int]) -> None:
-        now = {"doing": doing, "row_ids": row_id_runs(self.row_ids[indices])}
+    def _note(self, doing: str, indices: Sequence[int]) -> None:
+        now = {"doing": doing, "row_ids": row_id_runs(self.row_ids[list(indices)])}
         storage.write_json({"now": now, "deaths": self.deaths, "passed": self.passed}, self.uri)

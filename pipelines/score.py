@@ -14,25 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
-import torch
 
 from alphatoken import manifest as manifests
 from alphatoken import storage, tensor_file, token_classes
 from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
-from alphatoken.model import ScoringModel, default_device, fingerprint, load_model
+from alphatoken.model import fingerprint
 from alphatoken.pair_encode import check_pair_source, is_pair_data
-from alphatoken.pair_scoring import PairEstimator, score_pair_table
-from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.run_folder import RunFolder
-from alphatoken.scoring import build_estimator, default_parameters, score_table
+from alphatoken.scoring import default_parameters
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
-from alphatoken.spread_trunk import SpreadTrunk
 from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
@@ -41,9 +35,9 @@ from pipelines.direction import check_validation, load_reference, make_direction
 from pipelines.direction_checks import tell
 from pipelines.direction_identity import direction_identity, validation_fingerprint
 from pipelines.encode import EncodePlan, encoded_dataset
-from pipelines.poison import Attempt
 from pipelines.progress import Phase, Tally, get_all, tick_of
-from pipelines.shards import total_counts, write_block
+from pipelines.scorer import PairScorer, ScorePlan, Scorer, load_scored
+from pipelines.shards import total_counts
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +146,7 @@ def _prepare_task(
     config: ScoreConfig, parameters: str | None, pairs: bool, output: str, threads: int, counter: Any
 ) -> _Prepared:
     prepare_worker(threads)
-    scoring = _load(config, parameters)
+    scoring = load_scored(config, parameters)
     positions = config.positions_for(config.estimator)
     fingerprints = {"model": fingerprint(scoring.model), **input_fingerprints(config)}
     reference = load_reference(config, scoring) if pairs or config.validation_objective == "dpo" else None
@@ -169,14 +163,6 @@ def _prepare_task(
         if not storage.exists(path):
             make_direction(scoring, config, parameters, positions, path, reference, pairs, tick_of(counter))
     return _Prepared(state, fingerprints, path)
-
-
-def _load(config: ScoreConfig, parameters: str | None) -> ScoringModel:
-    """The model where this process is to score with it."""
-    device = default_device() if config.gpus_per_actor else torch.device("cpu")
-    trunk = QuantizedTrunk.of(config.trunk_dtype, parameters)
-    spread = SpreadTrunk.of(config.gpus_per_actor, parameters)
-    return load_model(config.model, config.dtype, device, config.trust_remote_code, trunk, spread)
 
 
 def input_fingerprints(config: ScoreConfig) -> dict:
@@ -205,17 +191,6 @@ def _write_token_classes(config: ScoreConfig, folder: RunFolder) -> None:
     storage.write_table(table, storage.join(folder.uri, "token_classes.parquet"))
 
 
-@dataclass(frozen=True)
-class ScorePlan:
-    """What every actor is told."""
-
-    config: ScoreConfig
-    parameters: str | None  # what is scored; None for a baseline
-    targets: list[str]  # names of those that get columns of their own
-    direction_path: str | None
-    output: str
-
-
 def _score_units(
     units: list[ReadUnit], score_plan: ScorePlan, pairs: bool, folder: RunFolder, progress: Progress | None
 ) -> None:
@@ -233,7 +208,7 @@ def _score_units(
         PairScorer if pairs else Scorer,
         fn_constructor_args=(score_plan, threads),
         zero_copy_batch=True,
-        compute=actor_pool(low, high, queued=config.gpus_per_actor > 0),
+        compute=actor_pool(low, high, ahead=config.gpus_per_actor > 0),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
     )
@@ -255,48 +230,3 @@ def shard_tokens(config: ScoreConfig, units: list[ReadUnit]) -> int:
     tokens = file_bytes(units, "jsonl", "parquet") // BYTES_OF_TEXT
     sorted_well = min(BATCHES * config.batch_tokens, tokens // (SHARDS_PER_ACTOR * config.actor_range[1]))
     return min(max(tokens // SHARDS, sorted_well, SMALLEST_SHARD), LARGEST_SHARD)
-
-
-class Scorer:
-    """The scoring actor: model, direction and drift are loaded once."""
-
-    def __init__(self, plan: ScorePlan, threads: int) -> None:
-        prepare_worker(threads)
-        self.config, self.output, self.targets = plan.config, plan.output, plan.targets
-        self.scoring = _load(plan.config, plan.parameters)
-        self.device = self.scoring.device
-        self.estimator = build_estimator(plan.config, self.scoring, plan.direction_path)
-
-    def __call__(self, block: pa.Table) -> dict[str, list]:
-        """One block of encoded rows to one shard; refused rows pass through with their reason. Returns its counts."""
-        started = time.monotonic()
-        good = pc.is_null(block["reason"])
-        attempt = Attempt(self.output, block.filter(good), self.config.batch_tokens)
-        scored, failures, computed = attempt.score(self._score)
-        reasons = [failures.get(index) for index in range(scored.num_rows)]
-        scored = scored.set_column(scored.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
-        refused = block.filter(pc.invert(good))
-        result = pa.concat_tables([scored, refused], promote_options="default")
-        cost = {"computed_positions": computed, "scoring_seconds": round(time.monotonic() - started, 4)}
-        counts = write_block(result, self.output, cost)
-        attempt.end()
-        return counts
-
-    def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
-        config = self.config
-        return score_table(table, self.estimator, config.batch_tokens, self.device, config.terms, self.targets)
-
-
-class PairScorer(Scorer):
-    """The scoring actor for preference pairs, with the reference model where that is another one."""
-
-    def __init__(self, plan: ScorePlan, threads: int) -> None:
-        super().__init__(plan, threads)
-        reference = load_reference(plan.config, self.scoring)
-        self.pair_estimator = PairEstimator(self.estimator, self.scoring, reference)
-
-    def _score(self, table: pa.Table) -> tuple[pa.Table, dict[int, str], int]:
-        config = self.config
-        return score_pair_table(
-            table, self.pair_estimator, config.batch_tokens, self.device, config.beta, config.terms, self.targets
-        )

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from alphatoken import retries, scoring, storage
-from pipelines.score import PairScorer, ScorePlan, Scorer
+from pipelines.scorer import PairScorer, ScorePlan, Scorer
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pytest
 from alphatoken.errors import UserError
 from alphatoken.scoring import NOT_FINITE
 from jobs.cli import INTERRUPTED
+from pipelines.cluster import actor_pool
 from pipelines.poison import DIED
 from tests.faults.harness import OVERFLOWING, ROOT, ActorKiller, commits, cut_off
 from tests.faults.injection import Faults, tell
@@ -32,6 +33,12 @@ def either(request):
     return request.getfixturevalue("bench" if request.param == "rows" else "pair_bench")
 
 
+@pytest.fixture(params=[False, True], ids=["as-on-cpus", "as-on-gpus"])
+def actors(request, monkeypatch):
+    """On GPUs an actor computes one block while it writes another."""
+    monkeypatch.setattr("pipelines.score.actor_pool", lambda low, high, ahead: actor_pool(low, high, request.param))
+
+
 def test_rows_that_overflow_are_in_quarantine_and_nothing_in_the_output_is_not_finite(either):
     lines = Path(either.data).read_text().splitlines()
     overflowing = {i for i, line in enumerate(lines) if OVERFLOWING in line and not line.startswith("{broken")}
@@ -42,6 +49,7 @@ def test_rows_that_overflow_are_in_quarantine_and_nothing_in_the_output_is_not_f
 
 
 @pytest.mark.parametrize("seed", [0, *MORE])
+@pytest.mark.usefixtures("actors")
 def test_killed_actors_storage_that_fails_batches_too_large_and_a_row_that_kills(either, seed):
     draw = random.Random(seed)
     deadly, no_memory, *memory = either.good_rows(draw, 6)
@@ -58,6 +66,7 @@ def test_killed_actors_storage_that_fails_batches_too_large_and_a_row_that_kills
 @pytest.mark.full
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSEGV])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("actors")
 def test_a_row_that_kills_its_process(either, seed, death):
     deadly = either.good_rows(random.Random(seed), 1)
     config = either.config(f"deadly-{seed}-{death}")
@@ -68,6 +77,7 @@ def test_a_row_that_kills_its_process(either, seed, death):
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.usefixtures("actors")
 def test_several_rows_that_kill_and_actors_that_are_killed(either, seed):
     draw = random.Random(seed)
     deadly = either.good_rows(draw, 3)
