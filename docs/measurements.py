@@ -142,6 +142,14 @@ def _ray_overhead(results: dict[str, Any]) -> Rows:
     ]
 
 
+def _feeding(results: dict[str, Any]) -> Rows:
+    rows = [["tokens a second", "ms more for an access to storage", "idle", "idle, one block at a time"]]
+    for found in results["results"]:
+        shares = [f"{run['idle'] / (run['idle'] + run['busy']):.1%}" for run in found["runs"].values()]
+        rows.append([f"{found['rate']:,.0f}", f"{1000 * found['latency']:.0f}", *shares])
+    return rows
+
+
 def _fidelity(results: dict[str, Any]) -> Rows:
     rows = [[f"estimator, {results['tokens']} tokens", "Spearman", "95% interval"]]
     for found in results["results"]:
@@ -197,6 +205,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "rounds_speed": _rounds_speed,
     "compiled": _compiled,
     "ray_overhead": _ray_overhead,
+    "feeding": _feeding,
     "fidelity": _fidelity,
     "fidelity_steps": _fidelity_steps,
     "long_runs": _long_runs,

@@ -33,6 +33,8 @@ def count_shard(stage: str, record: dict[str, Any]) -> None:
         _quarantined().inc(rows, {"stage": stage, "reason": reason_class(reason)})
     if "kept_tokens" in counts and counts["response_tokens"]:
         _kept_fraction().set(counts["kept_tokens"] / counts["response_tokens"], {"stage": stage})
+    if idle := counts.get("idle_seconds"):
+        _idle_seconds().inc(idle, {"stage": stage})
     if seconds:
         _busy_seconds().inc(seconds, {"stage": stage})
         _block_seconds().observe(seconds, {"stage": stage})
@@ -124,6 +126,11 @@ def _tokens_per_second() -> Gauge:
 @cache
 def _busy_seconds() -> Counter:
     return Counter("alphatoken_busy_seconds", "time this worker spent on blocks", ("stage",))
+
+
+@cache
+def _idle_seconds() -> Counter:
+    return Counter("alphatoken_idle_seconds", "time for which this worker's device had no block before one", ("stage",))
 
 
 @cache

@@ -50,6 +50,8 @@ def test_the_endpoint_of_a_node_has_the_counts_of_the_manifest(tiny_checkpoint: 
         assert totals["busy_seconds", stage, None] == pytest.approx(seconds, rel=0.01, abs=0.01) and seconds > 0
         assert any("tokens_per_second{" in line and f'stage="{stage}"' in line for line in said["gauges"])
         assert len(workers[stage]) >= len(said[stage]["workers"])
+    idle = sum(worker["idle_seconds"] for worker in said["score"]["workers"])
+    assert totals["idle_seconds", "score", None] == pytest.approx(idle, rel=0.01, abs=0.01) and idle > 0
     assert totals["tokens", "score", "all"] == said["score"]["counts"]["tokens"]
     assert totals["rows", "score", "quarantined"] == said["score"]["counts"]["rows_quarantined"] == 2
     reasons = {tag: value for (name, _, tag), value in totals.items() if name == "quarantined"}
@@ -94,3 +96,10 @@ def test_time_per_worker() -> None:
         ("b", 1, 2, 2.0), ("a", 2, 4, 0.75)
     ]  # fmt: skip
     assert found[1]["response_tokens"] == 40
+    assert "idle_seconds" not in found[0]  # nothing takes turns there
+
+
+def test_idle_time_per_worker() -> None:
+    counts = {"rows_in": 1, "idle_seconds": 0.5}
+    found = time_per_worker([{"worker": "a", "seconds": 1.0, "counts": counts}] * 3)
+    assert found[0]["idle_seconds"] == 1.5

@@ -57,9 +57,9 @@ SHARED_RULES = [  # as `train --in-run` does: values from the training forward p
     replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, in-run, shared {name}", in_run=True, shared=True, signal=signal)
     for name, signal in SHARED.items()
 ]
-SURPRISING_ONCE = replace(
-    SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48
-)
+ONE_DIRECTION = replace(SHARED_RULES[0], name=f"{SHARED_RULES[0].name}, one direction", refresh=48)  # the cheapest
+FULL_LONGER = replace(FULL, name="full, 60 steps", steps=60)  # what it costs, and a little more
+SURPRISING_ONCE = replace(SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48)
 ROWS_THEN_TOKENS = Rule("rows by value, worst 10%, then tokens, worst 10%", "rows", EXACT, keep=0.9, token_keep=0.9)
 PUBLISHED_IN_RUN = replace(
     FRESH, name="value propagation in-run as published, worst 50%", signal=PUBLISHED, keep=0.5, in_run=True,
@@ -71,6 +71,8 @@ FRESHER = replace(FRESH, name="exact, worst 20%, every 4 steps", refresh=4)
 VARIANTS = [
     *(replace(EXCESS_RULE, name=f"{EXCESS_RULE.name}, {name}", **how) for name, how in EXCESS_VARIANTS.items()),
     *SHARED_RULES,
+    ONE_DIRECTION,
+    FULL_LONGER,
     SURPRISING_ONCE,
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),
     TYPICAL,
@@ -116,7 +118,7 @@ HELPED = [  # on both noisy sets, with seed 0
     WORST_TWENTIETH,
     FRESHER,
 ]
-ON_CLEAN = [IN_RUN, *SHARED_RULES, *ONCE, *HELPED]
+ON_CLEAN = [IN_RUN, *SHARED_RULES, ONE_DIRECTION, FULL_LONGER, *ONCE, *HELPED]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def differences(results: Results, path: Path, fewest: int) -> None:
         found = {
             rule: values
             for rule in results.runs[name]
-            if rule != FULL and not rule.endswith(ADDED) and rule in results.runs[name]
+            if not rule.startswith(FULL) and not rule.endswith(ADDED) and rule in results.runs[name]
             if len(values := paired(results.losses(name, rule), full)) >= fewest
         }
         ordered = sorted(found, key=lambda rule: -sum(found[rule]) / len(found[rule]))

@@ -105,7 +105,7 @@ def headline(results: Results, name: str) -> str:
     full = results.losses(name, FULL)
     rows = []
     for rule in results.runs[name]:
-        if rule.endswith(ADDED):
+        if rule.endswith(ADDED) or (rule.startswith(FULL) and rule != FULL):  # other data, or other steps
             continue
         losses = results.losses(name, rule)
         differences = paired(losses, full)
@@ -189,7 +189,11 @@ def equal_compute(results: Results, name: str) -> str:
 
 def dropped_by(results: Results, name: str, what: str) -> str:
     """Share of the tokens dropped, by kind of row or class of token."""
-    rules = {rule: by_seed for rule, by_seed in results.runs[name].items() if rule != FULL and not rule.endswith(ADDED)}
+    rules = {
+        rule: by_seed
+        for rule, by_seed in results.runs[name].items()
+        if not rule.startswith(FULL) and not rule.endswith(ADDED)
+    }
     keys = sorted({key for runs in rules.values() for run in runs.values() for key in run["detection"].get(what, {})})
     rows = []
     for rule in sorted(rules):
@@ -210,7 +214,7 @@ def choices(results: Results, name: str) -> str:
 def summary(results: Results) -> str:
     """Held-out loss minus full SFT for every set, and the gap closed; first what does best where it does worst."""
     names = set_names(results)
-    rules = [rule for rule in results.runs["tokens"] if rule != FULL and not rule.endswith(ADDED)]
+    rules = [rule for rule in results.runs["tokens"] if not rule.startswith(FULL) and not rule.endswith(ADDED)]
     rows = []
     for rule in sorted(rules, key=lambda rule: _where_worst(results, rule)):
         cells = [with_share_closed(results, name, rule) for name in names]
