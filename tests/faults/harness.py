@@ -175,12 +175,11 @@ class ActorKiller:
     def __call__(self, counts: dict) -> None:
         self.shards += 1
         while self.left and self.shards >= self.left[0]:
-            victims = workers_of(psutil.Process(), "Scorer")
-            if not victims:  # all start again: at the next shard, then
-                return
             self.left.pop(0)
-            self.draw.choice(victims).kill()
-            self.killed += 1
+            victims = workers_of(psutil.Process(), "Scorer")
+            if victims:
+                self.draw.choice(victims).kill()
+                self.killed += 1
 
 
 def cut_off(config: ScoreConfig | MaskConfig, kind: signal.Signals, shards: int) -> int | None:

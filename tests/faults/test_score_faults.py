@@ -33,10 +33,11 @@ def either(request):
     return request.getfixturevalue("bench" if request.param == "rows" else "pair_bench")
 
 
-@pytest.fixture(params=[False, True], ids=["as-on-cpus", "as-on-gpus"])
+@pytest.fixture(params=[False, True], ids=["cpus", "gpus"])
 def actors(request, monkeypatch):
-    """On GPUs an actor computes one block while it writes another."""
+    """As they are on CPUs or on GPUs, where one computes a block while it writes another. A name for the output."""
     monkeypatch.setattr("pipelines.score.actor_pool", lambda low, high, ahead: actor_pool(low, high, request.param))
+    return "gpus" if request.param else "cpus"
 
 
 def test_rows_that_overflow_are_in_quarantine_and_nothing_in_the_output_is_not_finite(either):
@@ -49,12 +50,11 @@ def test_rows_that_overflow_are_in_quarantine_and_nothing_in_the_output_is_not_f
 
 
 @pytest.mark.parametrize("seed", [0, *MORE])
-@pytest.mark.usefixtures("actors")
-def test_killed_actors_storage_that_fails_batches_too_large_and_a_row_that_kills(either, seed):
+def test_killed_actors_storage_that_fails_batches_too_large_and_a_row_that_kills(either, actors, seed):
     draw = random.Random(seed)
     deadly, no_memory, *memory = either.good_rows(draw, 6)
     faults = Faults(seed, (deadly,), memory=memory, no_memory=(no_memory,), storage=0.2, slow=0.02, pairs=either.pairs)
-    config = either.config(f"several-{seed}")
+    config = either.config(f"several-{actors}-{seed}")
     killer = ActorKiller(draw, draw.sample(range(1, 6), 1))
     either.score(config, faults, killer)
     assert killer.killed
@@ -66,10 +66,9 @@ def test_killed_actors_storage_that_fails_batches_too_large_and_a_row_that_kills
 @pytest.mark.full
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSEGV])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.usefixtures("actors")
-def test_a_row_that_kills_its_process(either, seed, death):
+def test_a_row_that_kills_its_process(either, actors, seed, death):
     deadly = either.good_rows(random.Random(seed), 1)
-    config = either.config(f"deadly-{seed}-{death}")
+    config = either.config(f"deadly-{actors}-{seed}-{death}")
     either.score(config, Faults(seed, deadly, death, pairs=either.pairs))
     assert not either.findings(config, bad=deadly)
     assert either.left(config).reasons[deadly[0]].startswith(DIED)
@@ -77,11 +76,10 @@ def test_a_row_that_kills_its_process(either, seed, death):
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.usefixtures("actors")
-def test_several_rows_that_kill_and_actors_that_are_killed(either, seed):
+def test_several_rows_that_kill_and_actors_that_are_killed(either, actors, seed):
     draw = random.Random(seed)
     deadly = either.good_rows(draw, 3)
-    config = either.config(f"several-deadly-{seed}", num_actors="2")
+    config = either.config(f"several-deadly-{actors}-{seed}", num_actors="2")
     either.score(config, Faults(seed, deadly, slow=0.02, pairs=either.pairs), ActorKiller(draw, [1, 3]))
     assert not either.findings(config, bad=deadly)
     assert set(either.left(config).reasons) == set(either.expected.reasons) | set(deadly)
