@@ -33,7 +33,7 @@ def either(request):
     return request.getfixturevalue("bench" if request.param == "rows" else "pair_bench")
 
 
-@pytest.fixture(params=[False, True], ids=["cpus", "gpus"])
+@pytest.fixture(params=[pytest.param(False, id="cpus", marks=pytest.mark.full), pytest.param(True, id="gpus")])
 def actors(request, monkeypatch):
     """As they are on CPUs or on GPUs, where one computes a block while it writes another. A name for the output."""
     monkeypatch.setattr("pipelines.score.actor_pool", lambda low, high, ahead: actor_pool(low, high, request.param))
