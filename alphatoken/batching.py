@@ -62,7 +62,7 @@ class Batch:
         return len(self.targets)
 
     def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
-        """N values in row-major order to one tensor per row (length: its response tokens)."""
+        """Values of N tokens (the first dimension) in row-major order to one tensor per row, of its response tokens."""
         return list(per_token.split(self.response_mask[:, 1:].sum(1).tolist()))
 
 

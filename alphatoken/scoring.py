@@ -144,13 +144,12 @@ def score_columns(
     launched = (part for indices in planned for part in with_halves(evaluate, indices, errors))
     for indices, (batch, values) in _one_behind(launched):
         computed += batch.input_ids.numel()
-        ends = batch.response_mask.sum(1).cumsum(0).numpy()
-        for i, part in zip(indices, np.split(values.wait().numpy(), ends[:-1], axis=1), strict=True):
-            if not np.isfinite(part).all():
+        for i, part in zip(indices, batch.split(values.wait().T), strict=True):
+            if not torch.isfinite(part).all():
                 failures[i] = NOT_FINITE
                 continue
             where = starts[i] + np.flatnonzero(response_masks[i])
-            for name, found in zip(names, part, strict=True):
+            for name, found in zip(names, part.T.numpy(), strict=True):
                 flat[name][where] = found
     if errors and len(errors) == len(lengths):
         shortest = min(errors, key=lambda i: lengths[i])

@@ -81,7 +81,7 @@ def torch_threads(actors: int = 1, cpus_per_actor: float = 1) -> int:
 
 
 def actor_pool(low: int, high: int, ahead: bool | None = None) -> Any:
-    """Actors that call a class of ours in the thread that has made it.
+    """Actors that call a class of ours in the thread that has made it; those that work ahead, in two threads.
 
     `ahead`: whether an actor is called with a block while it still writes the one before (the class takes turns at the
     device: pipelines/turns.py) and a third one waits there, so that a GPU need wait for neither rows nor storage. If

@@ -5,6 +5,7 @@ Without a GPU, what is looked at is which operations are called: those named in 
 
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_exact import random_direction
 from tiny_models import random_rows, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import alphatoken
 from alphatoken.batching import make_batch
 from alphatoken.device_copies import Fetch, to_device
 from alphatoken.exact import Exact
@@ -24,6 +26,7 @@ WAITS = {
     aten.equal.default, aten._unique2.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # wait where an index is a mask
+OURS = f"{Path(alphatoken.__file__).parent}/"
 FOREIGN = "/transformers/"  # looks once, as a forward pass begins, for packed rows; and for experts that have tokens
 
 
@@ -37,7 +40,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         masks = func in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if func in WAITS or masks:
-            frames = [f for f in traceback.extract_stack() if "/alphatoken/" in f.filename or FOREIGN in f.filename]
+            frames = [f for f in traceback.extract_stack() if f.filename.startswith(OURS) or FOREIGN in f.filename]
             self.found[f"{frames[-1].filename}:{frames[-1].lineno}"] += 1
         return func(*args, **(kwargs or {}))
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from benchmarks.evidence.report import ADDED, FULL, ORACLE, Results, Runs  # noqa: E402
+from benchmarks.evidence.report import ADDED, FULL, ORACLE, Results, Runs, is_compared  # noqa: E402
 from benchmarks.evidence.stats import mean_interval, paired  # noqa: E402
 
 TITLES = {
@@ -27,7 +27,7 @@ def differences(results: Results, path: Path, fewest: int) -> None:
         found = {
             rule: values
             for rule in results.runs[name]
-            if not rule.startswith(FULL) and not rule.endswith(ADDED) and rule in results.runs[name]
+            if is_compared(rule) and rule in results.runs[name]
             if len(values := paired(results.losses(name, rule), full)) >= fewest
         }
         ordered = sorted(found, key=lambda rule: -sum(found[rule]) / len(found[rule]))

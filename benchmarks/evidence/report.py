@@ -100,12 +100,17 @@ def steps_cpu(run: dict, steps: int) -> float:
     return run["cpu_seconds"]["train"] * steps / run["run"]["rule"]["steps"]
 
 
+def is_compared(rule: str) -> bool:
+    """Whether it stands beside full SFT of 48 steps: not full SFT of any length, nor with the validation rows added."""
+    return not rule.startswith(FULL) and not rule.endswith(ADDED)
+
+
 def headline(results: Results, name: str) -> str:
     """Every rule of a set against full SFT at equal steps, best first."""
     full = results.losses(name, FULL)
     rows = []
     for rule in results.runs[name]:
-        if rule.endswith(ADDED) or (rule.startswith(FULL) and rule != FULL):  # other data, or other steps
+        if rule != FULL and not is_compared(rule):
             continue
         losses = results.losses(name, rule)
         differences = paired(losses, full)
@@ -180,7 +185,7 @@ def equal_compute(results: Results, name: str) -> str:
                 [f"full SFT, {step} steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"]
             )
     for rule, by_seed in results.runs[name].items():
-        if not rule.startswith(FULL) and not rule.endswith(ADDED):
+        if is_compared(rule):
             seconds = [sum(run["cpu_seconds"].values()) for run in by_seed.values()]
             losses = results.losses(name, rule)
             rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"])
@@ -189,11 +194,7 @@ def equal_compute(results: Results, name: str) -> str:
 
 def dropped_by(results: Results, name: str, what: str) -> str:
     """Share of the tokens dropped, by kind of row or class of token."""
-    rules = {
-        rule: by_seed
-        for rule, by_seed in results.runs[name].items()
-        if not rule.startswith(FULL) and not rule.endswith(ADDED)
-    }
+    rules = {rule: by_seed for rule, by_seed in results.runs[name].items() if is_compared(rule)}
     keys = sorted({key for runs in rules.values() for run in runs.values() for key in run["detection"].get(what, {})})
     rows = []
     for rule in sorted(rules):
@@ -214,7 +215,7 @@ def choices(results: Results, name: str) -> str:
 def summary(results: Results) -> str:
     """Held-out loss minus full SFT for every set, and the gap closed; first what does best where it does worst."""
     names = set_names(results)
-    rules = [rule for rule in results.runs["tokens"] if not rule.startswith(FULL) and not rule.endswith(ADDED)]
+    rules = filter(is_compared, results.runs["tokens"])
     rows = []
     for rule in sorted(rules, key=lambda rule: _where_worst(results, rule)):
         cells = [with_share_closed(results, name, rule) for name in names]
