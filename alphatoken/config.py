@@ -108,9 +108,10 @@ class ModelOptions(BaseModel):
 class TrunkOptions(BaseModel):
     """What becomes of the layers below the first scored one."""
 
-    trunk_dtype: Literal["int8"] | None = Field(
+    trunk_dtype: Literal["int8", "nf4"] | None = Field(
         None,
-        description="int8: weights of the layers that are not scored take a byte (torchao; values change a little)",
+        description="weights of the layers that are not scored take a byte (int8) or half of one (nf4); values change "
+        "little or, with nf4, somewhat (torchao)",
     )
 
 

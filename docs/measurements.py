@@ -60,6 +60,14 @@ def _compiled(results: dict[str, Any]) -> Rows:
     return rows
 
 
+def _trunk_dtype(results: dict[str, Any]) -> Rows:
+    rows = [[f"{results['parameters']}, trunk", "rank correlation", "worst fifth shared", "MB of the trunk", "seconds"]]
+    for name, found in results["results"].items():
+        agreement = [f"{found['rank_correlation']:.3f}", f"{found['worst_fifth_shared']:.0%}"]
+        rows.append([name, *agreement, f"{found['trunk_mb']:.0f}", f"{found['seconds']:.0f}"])
+    return rows
+
+
 def _padding(results: dict[str, Any]) -> Rows:
     rows = [["data", "rows", "longest", "`--batch-tokens`", "shard", "padding", "in shards of 1M tokens", "in order"]]
     for row in results["rows"]:
@@ -204,6 +212,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "in_run_speed": _in_run_speed,
     "rounds_speed": _rounds_speed,
     "compiled": _compiled,
+    "trunk_dtype": _trunk_dtype,
     "ray_overhead": _ray_overhead,
     "feeding": _feeding,
     "fidelity": _fidelity,

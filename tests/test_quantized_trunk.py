@@ -27,10 +27,11 @@ def test_layers_that_are_not_linear_are_refused():
         QuantizedTrunk("int8", "last-layers:1").apply(tiny_model("gpt2"), CPU)
 
 
-def test_without_torchao_it_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_without_torchao_it_says_what_to_install(dtype, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"needs torchao: pip install 'alphatoken\[quantize\]'"):
-        QuantizedTrunk("int8", "last-layers:1").apply(tiny_model("llama"), CPU)
+    with pytest.raises(UserError, match=rf"--trunk-dtype {dtype} needs torchao: pip install 'alphatoken\[quantize\]'"):
+        QuantizedTrunk(dtype, "last-layers:1").apply(tiny_model("llama"), CPU)
 
 
 def test_losses_score_no_layers():

@@ -1,9 +1,10 @@
-"""Values with an int8 trunk, against a plain model whose trunk has the same rounded weights. Run by test_trunk.py."""
+"""Values with a quantised trunk, against a plain model with the same rounded weights. Run by test_trunk.py."""
 
 import json
 import sys
 
 import torch
+from torch.nn import functional as F
 
 from alphatoken.architecture import decoder_layers, scored_parameters
 from alphatoken.batching import make_batch
@@ -15,12 +16,16 @@ from alphatoken.spread_trunk import SpreadTrunk
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.score import run_score
 
-SCORED = "last-layers:2"
+SCORED, TRUNKS = "last-layers:2", ("int8", "nf4")
 
 
 def main(checkpoint: str, data: str, validation: str, output: str) -> None:
+    print(json.dumps({dtype: compare(dtype, checkpoint, data, validation, f"{output}-{dtype}") for dtype in TRUNKS}))
+
+
+def compare(dtype: str, checkpoint: str, data: str, validation: str, output: str) -> dict:
     plain = load_model(checkpoint, "float32")
-    trunk, cpu = QuantizedTrunk("int8", SCORED), torch.device("cpu")
+    trunk, cpu = QuantizedTrunk(dtype, SCORED), torch.device("cpu")
     quantized = load_model(checkpoint, "float32", trunk=trunk)
     spread = load_model(checkpoint, "float32", cpu, trunk=trunk, spread=SpreadTrunk((cpu, cpu), SCORED))
     found = {"same_fingerprint": fingerprint(plain.model) == fingerprint(quantized.model), "kept": 0, "rounded": 0}
@@ -43,16 +48,17 @@ def main(checkpoint: str, data: str, validation: str, output: str) -> None:
             if isinstance(module, torch.nn.Linear):
                 is_plain = type(other.weight.data) is torch.Tensor
                 found["kept" if is_plain else "rounded"] += 1
-                module.weight.data = other.weight.data if is_plain else other.weight.dequantize().detach()
+                eye = torch.eye(module.in_features)
+                module.weight.data = other.weight.data if is_plain else F.linear(eye, other.weight).T.contiguous()
     for name, expected in values(plain).items():
         scale = expected.abs().max()
         found[name] = float((rounded[name] - expected).abs().max() / scale)
         found[f"{name}_moved"] = float((unrounded[name] - expected).abs().max() / scale)
     config = ScoreConfig(
-        model=checkpoint, data=[data], validation=[validation], output=output, parameters=SCORED, trunk_dtype="int8"
+        model=checkpoint, data=[data], validation=[validation], output=output, parameters=SCORED, trunk_dtype=dtype
     )
     counts = run_score(config)["counts"]
-    print(json.dumps(found | {name: counts[name] for name in ("rows_in", "rows_out")}))
+    return found | {name: counts[name] for name in ("rows_in", "rows_out")}
 
 
 main(*sys.argv[1:])
