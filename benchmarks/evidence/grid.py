@@ -59,6 +59,8 @@ SHARED_RULES = [  # as `train --in-run` does: values from the training forward p
 ]
 ONE_DIRECTION = replace(SHARED_RULES[0], name=f"{SHARED_RULES[0].name}, one direction", refresh=48)  # the cheapest
 FULL_LONGER = replace(FULL, name="full, 60 steps", steps=60)  # what it costs, and a little more
+LOSSES_IN_RUN = replace(SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, in-run", in_run=True)  # no values at all
+FULL_AS_LONG = replace(FULL, name="full, 54 steps", steps=54)  # what that costs, and a little more
 SURPRISING_ONCE = replace(SURPRISING_EXCESS, name=f"{SURPRISING_EXCESS.name}, once at the start", warmup=0, refresh=48)
 ROWS_THEN_TOKENS = Rule("rows by value, worst 10%, then tokens, worst 10%", "rows", EXACT, keep=0.9, token_keep=0.9)
 PUBLISHED_IN_RUN = replace(
@@ -73,6 +75,8 @@ VARIANTS = [
     *SHARED_RULES,
     ONE_DIRECTION,
     FULL_LONGER,
+    LOSSES_IN_RUN,
+    FULL_AS_LONG,
     SURPRISING_ONCE,
     replace(SURPRISING, name="surprising tokens at 95% and rows", token_quantile=0.95),
     TYPICAL,
@@ -118,7 +122,7 @@ HELPED = [  # on both noisy sets, with seed 0
     WORST_TWENTIETH,
     FRESHER,
 ]
-ON_CLEAN = [IN_RUN, *SHARED_RULES, ONE_DIRECTION, FULL_LONGER, *ONCE, *HELPED]
+ON_CLEAN = [IN_RUN, *SHARED_RULES, ONE_DIRECTION, FULL_LONGER, LOSSES_IN_RUN, FULL_AS_LONG, *ONCE, *HELPED]
 
 
 @dataclass(frozen=True)
