@@ -7,8 +7,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from benchmarks.evidence.__main__ import SHORT_RULES
 from benchmarks.evidence.data import Row, corrupt_digits, shuffled_words
+from benchmarks.evidence.forgetting import Forgetting, cases
 from benchmarks.evidence.grid import FRESH, FULL, ORACLE, SUSPECT, TYPICAL, runs, with_validation
+from benchmarks.evidence.preference import PAIR_RULES
 from benchmarks.evidence.report import fill, read_results, summary
 from benchmarks.evidence.rules import Rule, Window, typical_rows, weights_of
 from benchmarks.evidence.runs import Record
@@ -145,6 +148,12 @@ def test_grid_has_no_run_twice() -> None:
         assert len(set(keys)) == len(keys)
         named = [(run.set, run.seed, run.rule.name) for run in runs(full)]
         assert len(set(named)) == len(named), "two rules share a name"
+
+
+def test_the_short_version_is_part_of_the_full_one() -> None:
+    assert set(runs(False)) <= set(runs(True))
+    assert set(SHORT_RULES["forgetting"]) <= {case.rule.name for case in cases(Forgetting())}
+    assert set(SHORT_RULES["preference"]) <= {rule.name for rule in PAIR_RULES}
 
 
 def test_full_sft_is_compared_at_equal_steps(tmp_path) -> None:

@@ -36,6 +36,11 @@ logger = logging.getLogger("benchmarks.evidence")
 OUTPUT = Path("docs/results/evidence")
 Settings = TypeVar("Settings", Forgetting, Preference)
 PARTS = ("training", "detection", "answers", "forgetting", "preference", "tables")
+SHORT_PARTS = ("training", "forgetting", "preference", "tables")
+SHORT_RULES = {  # of the other studies, on one seed
+    "forgetting": ["full", "exact, worst 20%, lambda 0", "exact, worst 20%, lambda 1.5"],
+    "preference": ["full", "oracle", "values, worst 20% of pairs", "random 33% of pairs"],
+}
 DETECTION = (("mixed", 0), ("tokens", 0))
 ANSWERED = (("tokens", 0, (None, FULL, ORACLE, EXCESS_RULE)),)  # None: the model as it was
 PROBLEMS = 192  # that each of those models is asked
@@ -210,9 +215,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=Study.layers, help="the last ones, trained and valued; 0: all")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="the default")
-    length.add_argument("--full", action="store_true", help="more seeds")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these; default: 0 to 2, with --full 0 to 4")
+    length.add_argument("--full", action="store_true", help="all rules, all parts, more seeds")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help=f"default: {' '.join(SHORT_PARTS)}, with --full all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--tasks", nargs="+", help="only these, as set:seed: tokens:0 clean:1")
     parser.add_argument("--rules", nargs="+", help="only rules with one of these names")
     parser.add_argument("--threads", type=int, default=2)
@@ -227,20 +232,22 @@ def main() -> None:
     size = {"model": arguments.model, "layers": arguments.layers}
     if arguments.output is None and replace(Study(), **size) != Study():
         parser.error("results of another model or other layers need an --output of their own")
+    parts = arguments.only or (PARTS if arguments.full else SHORT_PARTS)
     work = Work(replace(Study(), **size), arguments.data_dir, arguments.output or OUTPUT)
-    if "training" in arguments.only:
+    if "training" in parts:
         work.train(wanted)
-    if "detection" in arguments.only:
+    if "detection" in parts:
         work.detect()
-    if "answers" in arguments.only:
+    if "answers" in parts:
         work.answer()
-    seeds = arguments.seeds or range(5 if arguments.full else 3)
-    if "forgetting" in arguments.only:
-        work.forget(seeds, arguments.rules, sized(Forgetting(), size))
-    if "preference" in arguments.only:
-        for flipped in (Preference.flipped, 0.0):
-            work.prefer(seeds, arguments.rules, sized(Preference(flipped=flipped), size))
-    if "tables" in arguments.only:
+    seeds = arguments.seeds or range(3 if arguments.full else 1)
+    named = {} if arguments.full else SHORT_RULES
+    if "forgetting" in parts:
+        work.forget(seeds, arguments.rules or named.get("forgetting"), sized(Forgetting(), size))
+    if "preference" in parts:
+        for flipped in (Preference.flipped, 0.0) if arguments.full else (Preference.flipped,):
+            work.prefer(seeds, arguments.rules or named.get("preference"), sized(Preference(flipped=flipped), size))
+    if "tables" in parts:
         work.tables()
 
 
