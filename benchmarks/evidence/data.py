@@ -104,26 +104,31 @@ class Task:
 
 
 def make_task(
-    name: str, seed: int, source: Source, gsm8k: list[dict], code: list[dict], validation_rows: int = 24
-) -> Task:
-    """Draws rows by seed. The clean rows of a seed are the same in every set, so sets can be compared."""
+    name: str, seed: int, source: Source, gsm8k: list[dict], code: list[dict], validation_rows: int = 24,
+    larger: int = 1,
+) -> Task:  # fmt: skip
+    """Draws rows by seed. The clean rows of a seed are the same in every set, so sets can be compared.
+
+    larger: how many times as many rows as in the study of noise.
+    """
+    training_rows = TRAINING_ROWS * larger
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(gsm8k))
     pairs = [(gsm8k[i]["question"], gsm8k[i]["answer"]) for i in order]
-    drawn = source.rows(pairs, TRAINING_ROWS + validation_rows)
-    train, validation = drawn[:TRAINING_ROWS], drawn[TRAINING_ROWS:]
+    drawn = source.rows(pairs, training_rows + validation_rows)
+    train, validation = drawn[:training_rows], drawn[training_rows:]
     digits = digit_tokens(source.encoder.tokenizer)
     noise_rng = np.random.default_rng([seed, 1])
     if name == "tokens":
         train = [corrupt_digits(row, digits, TOKENS_REPLACED, noise_rng, "tokens") for row in train]
     elif name == "numbers":
-        half = TRAINING_ROWS // 2
+        half = training_rows // 2
         train[:half] = [corrupt_digits(r, digits, NUMBERS_REPLACED, noise_rng, "numbers") for r in train[:half]]
     elif name == "mixed":
-        sixth = TRAINING_ROWS // 6
+        sixth = training_rows // 6
         train[:sixth] = [corrupt_digits(r, digits, NUMBERS_REPLACED, noise_rng, "numbers") for r in train[:sixth]]
         train[sixth : 2 * sixth] = _off_domain(source, code, sixth, noise_rng, sixth)
-        train[2 * sixth : 3 * sixth] = _shuffled(source, pairs, sixth, noise_rng, 2 * sixth)
+        train[2 * sixth : 3 * sixth] = _shuffled(source, pairs[:training_rows], sixth, noise_rng, 2 * sixth)
     elif name != "clean":
         raise ValueError(f"no set {name!r}; there are {', '.join(SETS)}")
     train = [train[i] for i in np.random.default_rng([seed, 2]).permutation(len(train))]
@@ -142,7 +147,7 @@ def _off_domain(source: Source, code: list[dict], count: int, rng: np.random.Gen
 def _shuffled(
     source: Source, pairs: list[tuple[str, str]], count: int, rng: np.random.Generator, first_id: int
 ) -> list[Row]:
-    mixed = [(question, shuffled_words(answer, rng)) for question, answer in pairs[:TRAINING_ROWS]]
+    mixed = [(question, shuffled_words(answer, rng)) for question, answer in pairs]
     return source.rows(mixed, count, "shuffled", first_id)
 
 

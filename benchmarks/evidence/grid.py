@@ -24,6 +24,7 @@ EXCESS_RULE = replace(SUSPECT, name="suspect tokens in excess and rows", token_q
 SURPRISING_EXCESS = replace(EXCESS_RULE, name="surprising tokens in excess and rows", signal=LOSS, suspect_value=None)
 RANDOM_FIFTH = Rule("random 20%", "tokens", RANDOM)
 
+LARGER_STEPS = (48, 51, 54, 57, 60)  # of full SFT where a step has more rows
 LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
 ADDED = " + validation rows"
 
@@ -161,6 +162,15 @@ def runs(full: bool) -> Iterator[Run]:
     yield from _on_every(range(5), HEADLINE)
     yield from _on_every(range(5), {"tokens": CONTROLS, "mixed": CONTROLS})
     yield from _on_every(range(3), {"tokens": VARIANTS, "mixed": VARIANTS, "clean": ON_CLEAN})
+
+
+def larger_runs() -> Iterator[Run]:
+    """With more rows a step, where the validation rows weigh less: in-run's default beside full SFT that goes on."""
+    full = replace(FULL, name="full, 60 steps", steps=max(LARGER_STEPS))
+    for seed in range(3):
+        for name in ("tokens", "mixed"):
+            yield Run(name, seed, full, LARGER_STEPS, LARGER_STEPS[0])
+            yield from (Run(name, seed, rule, (rule.steps,), rule.steps) for rule in (SHARED_RULES[0], ORACLE))
 
 
 def _on_every(seeds: range, rules_of: dict[str, list[Rule]]) -> Iterator[Run]:

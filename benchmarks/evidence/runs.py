@@ -69,8 +69,9 @@ class Lab:
         if self.task_key != (name, seed):
             self.task_key = (name, seed)
             self.task = make_task(
-                name, seed, self.source, self.files["train"], self.files["code"], self.study.validation_rows
-            )
+                name, seed, self.source, self.files["train"], self.files["code"], self.study.validation_rows,
+                max(1, self.study.training.rows_per_step // Training.rows_per_step),
+            )  # fmt: skip
             self.starts: dict[tuple, tuple[dict, Costs]] = {}
             self.first_values: dict[tuple, tuple] = {}
             for row in [*self.task.train, *self.task.validation]:  # fill the cache outside every clock
