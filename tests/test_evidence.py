@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from benchmarks.evidence import larger_report
 from benchmarks.evidence.__main__ import SHORT_RULES
 from benchmarks.evidence.data import Row, corrupt_digits, shuffled_words
 from benchmarks.evidence.forgetting import Forgetting, cases
-from benchmarks.evidence.grid import FRESH, FULL, ORACLE, SUSPECT, TYPICAL, runs, with_validation
+from benchmarks.evidence.grid import FRESH, FULL, LARGER_STEPS, ORACLE, SUSPECT, TYPICAL, runs, with_validation
 from benchmarks.evidence.preference import PAIR_RULES
 from benchmarks.evidence.report import fill, read_results, summary
 from benchmarks.evidence.rules import Rule, Window, typical_rows, weights_of
@@ -164,6 +165,20 @@ def test_full_sft_is_compared_at_equal_steps(tmp_path) -> None:
     assert results.losses("mixed", "full") == {0: 1.2}
     assert results.losses("mixed", "full", 72) == {0: 1.1}
     assert with_validation(FULL).steps == 54
+
+
+def test_full_sft_at_equal_compute_is_the_first_that_costs_as_much(tmp_path) -> None:
+    steps = {str(step): 1.0 - step / 1000 for step in LARGER_STEPS}
+    for name, rule_steps, losses, cpu in (
+        (larger_report.FULL, max(LARGER_STEPS), steps, {"train": 120.0, "score": 0.0}),  # 2 s a step
+        (larger_report.IN_RUN, 48, {"48": 0.9}, {"train": 100.0, "score": 5.0}),
+    ):
+        run = {"run": {"set": "mixed", "seed": 0, "rule": {"name": name, "steps": rule_steps}}, "target_loss": losses}
+        (tmp_path / f"{rule_steps}.json").write_text(json.dumps(run | {"cpu_seconds": cpu}))
+    full = json.loads((tmp_path / "60.json").read_text())
+    assert [larger_report.equal_steps(full, seconds) for seconds in (1, 105, 108, 109, 121)] == [48, 54, 54, 57, 0]
+    last = larger_report.larger(read_results(tmp_path)).splitlines()[-1]
+    assert last.split(" | ")[2:] == ["0.946", "108", "-0.0460", "1 of 1 |"]
 
 
 def test_summary_is_paired_and_filled_into_the_text(tmp_path) -> None:

@@ -22,7 +22,14 @@ from typing import TypeVar
 import torch
 
 from benchmarks.common import machine
-from benchmarks.evidence import forgetting_report, found_report, frozen_report, preference_report, report
+from benchmarks.evidence import (
+    forgetting_report,
+    found_report,
+    frozen_report,
+    larger_report,
+    preference_report,
+    report,
+)
 from benchmarks.evidence.answers import AnswerCheck
 from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
@@ -192,6 +199,7 @@ class Work:
         )
         blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
         blocks["frozen"] = frozen_report.frozen(results)
+        blocks["larger"] = larger_report.larger(report.read_results(self.output / "larger" / "trained"))
         blocks["detection"] = found_report.detection(self.output)
         blocks["answers"] = found_report.answers(self.output / "answers")
         readme = self.output.parent / "README.md"
