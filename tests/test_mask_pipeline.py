@@ -162,6 +162,7 @@ def test_a_cut_off_run_keeps_its_finished_shards(scored, tmp_path, monkeypatch):
     assert all(os.stat(storage.join(output, "data", name)).st_mtime_ns == stamp for name, stamp in stamps.items())
 
 
+@pytest.mark.full
 def test_the_job_as_a_file_from_another_folder(scored, tmp_path):
     """With its own Ray, whose workers have to find the packages."""
     command = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "mask.py"), "--json"]

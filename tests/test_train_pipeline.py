@@ -65,7 +65,7 @@ def difference(before, after) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_sft_gradient_over_workers(local_ray, tmp_path, model, workers):
     """7 rows: with two workers, one of them has a row less, and nothing counts twice."""
     rows = sft_rows(7, seed=3)
