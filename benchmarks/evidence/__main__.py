@@ -34,7 +34,7 @@ from benchmarks.evidence.answers import AnswerCheck
 from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
-from benchmarks.evidence.grid import EXCESS_RULE, FULL, ORACLE, Run, larger_runs, runs
+from benchmarks.evidence.grid import EXCESS_RULE, FULL, LARGER, ORACLE, Run, larger_runs, runs
 from benchmarks.evidence.preference import CLEAN_PAIR_RULES, PAIR_RULES, PairRule, Preference, PreferenceLab
 from benchmarks.evidence.rules import Rule
 from benchmarks.evidence.runs import Lab, Study
@@ -43,7 +43,7 @@ from benchmarks.evidence.training import Training
 logger = logging.getLogger("benchmarks.evidence")
 OUTPUT = Path("docs/results/evidence")
 Settings = TypeVar("Settings", Forgetting, Preference)
-PARTS = ("training", "detection", "answers", "forgetting", "preference", "tables")
+PARTS = ("training", "larger", "detection", "answers", "forgetting", "preference", "tables")
 SHORT_PARTS = ("training", "forgetting", "preference", "tables")
 SHORT_RULES = {  # of the other studies, on one seed
     "forgetting": ["full", "exact, worst 20%, lambda 0", "exact, worst 20%, lambda 1.5"],
@@ -216,13 +216,23 @@ def sized(settings: Settings, size: dict) -> Settings:
     return replace(settings, study=replace(settings.study, **size))
 
 
+def chosen(grid: Iterable[Run], arguments: argparse.Namespace) -> list[Run]:
+    """The runs that --seeds, --tasks and --rules name; all where none is given."""
+    return [
+        run
+        for run in grid
+        if (arguments.rules is None or run.rule.name in arguments.rules)
+        and (arguments.seeds is None or run.seed in arguments.seeds)
+        and (arguments.tasks is None or f"{run.set}:{run.seed}" in arguments.tasks)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, help=f"default: {OUTPUT}; of another model or other layers, give one")
     parser.add_argument("--model", default=Study.model, help="a Llama-like one: hub name or folder")
     parser.add_argument("--layers", type=int, default=Study.layers, help="the last ones, trained and valued; 0: all")
-    parser.add_argument("--larger", type=int, default=1, help="as many times as many rows, all of them in 48 steps")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="the default")
     length.add_argument("--full", action="store_true", help="all rules, all parts, more seeds")
@@ -234,20 +244,17 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
-    grid = runs(arguments.full) if arguments.larger == 1 else larger_runs()
-    wanted = [run for run in grid if arguments.rules is None or run.rule.name in arguments.rules]
-    if arguments.seeds is not None:
-        wanted = [run for run in wanted if run.seed in arguments.seeds]
-    if arguments.tasks is not None:
-        wanted = [run for run in wanted if f"{run.set}:{run.seed}" in arguments.tasks]
     size = {"model": arguments.model, "layers": arguments.layers}
-    study = replace(Study(), **size, training=Training(rows_per_step=arguments.larger * Training.rows_per_step))
+    study, output = replace(Study(), **size), arguments.output or OUTPUT
     if arguments.output is None and study != Study():
-        parser.error("results of another model, other layers or more rows need an --output of their own")
+        parser.error("results of another model or other layers need an --output of their own")
     parts = arguments.only or (PARTS if arguments.full else SHORT_PARTS)
-    work = Work(study, arguments.data_dir, arguments.output or OUTPUT)
+    work = Work(study, arguments.data_dir, output)
     if "training" in parts:
-        work.train(wanted)
+        work.train(chosen(runs(arguments.full), arguments))
+    if "larger" in parts:
+        larger = replace(study, training=Training(rows_per_step=LARGER * Training.rows_per_step))
+        Work(larger, arguments.data_dir, output / "larger").train(chosen(larger_runs(), arguments))
     if "detection" in parts:
         work.detect()
     if "answers" in parts:

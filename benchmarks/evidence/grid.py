@@ -24,7 +24,8 @@ EXCESS_RULE = replace(SUSPECT, name="suspect tokens in excess and rows", token_q
 SURPRISING_EXCESS = replace(EXCESS_RULE, name="surprising tokens in excess and rows", signal=LOSS, suspect_value=None)
 RANDOM_FIFTH = Rule("random 20%", "tokens", RANDOM)
 
-LARGER_STEPS = (48, 51, 54, 57, 60)  # of full SFT where a step has more rows
+LARGER = 4  # times as many rows, and rows a step
+LARGER_STEPS = (48, 51, 54, 57, 60)  # at which full SFT is measured there
 LONG_STEPS = (48, 72)  # full SFT goes on, for comparisons at equal compute
 ADDED = " + validation rows"
 
@@ -37,7 +38,8 @@ def with_validation(rule: Rule) -> Rule:
 LONG = replace(FULL, steps=max(LONG_STEPS))
 RULES = [EXCESS_RULE, SURPRISING_EXCESS]
 EARLIER = [SUSPECT, SURPRISING, SURPRISING_IN_RUN]  # which cost something on clean data
-HEADLINE = {"tokens": [FULL, ORACLE, *RULES], "mixed": [FULL, ORACLE, *RULES], "clean": [FULL, *RULES]}
+NOISY = ("tokens", "mixed")
+HEADLINE = dict.fromkeys(NOISY, [FULL, ORACLE, *RULES]) | {"clean": [FULL, *RULES]}
 CONTROLS = [*map(with_validation, (FULL, ORACLE, EXCESS_RULE)), RANDOM_FIFTH, FRESH]
 
 TYPICAL = Rule("typical rows", "typical", EXACT, loss_width=2.0, value_width=2.0)
@@ -115,11 +117,7 @@ VARIANTS = [
     *EARLIER,
 ]
 IN_RUN = VARIANTS[0]
-SHORT = {
-    "tokens": [FULL, ORACLE, EXCESS_RULE, RANDOM_FIFTH],
-    "mixed": [FULL, ORACLE, EXCESS_RULE, RANDOM_FIFTH],
-    "clean": [FULL, EXCESS_RULE],
-}  # what the default is judged by
+SHORT = dict.fromkeys(NOISY, [FULL, ORACLE, EXCESS_RULE, RANDOM_FIFTH]) | {"clean": [FULL, EXCESS_RULE]}
 ONCE = [rule for rule in VARIANTS if rule.excess is not None and ", once at" in rule.name]  # what `mask` can do
 HELPED = [  # on both noisy sets, with seed 0
     next(rule for rule in VARIANTS if rule.excess is not None and rule.refresh == 4),
@@ -160,16 +158,15 @@ def runs(full: bool) -> Iterator[Run]:
         yield from _on_every(range(3), SHORT)
         return
     yield from _on_every(range(5), HEADLINE)
-    yield from _on_every(range(5), {"tokens": CONTROLS, "mixed": CONTROLS})
-    yield from _on_every(range(3), {"tokens": VARIANTS, "mixed": VARIANTS, "clean": ON_CLEAN})
+    yield from _on_every(range(5), dict.fromkeys(NOISY, CONTROLS))
+    yield from _on_every(range(3), dict.fromkeys(NOISY, VARIANTS) | {"clean": ON_CLEAN})
 
 
 def larger_runs() -> Iterator[Run]:
     """With more rows a step, where the validation rows weigh less: in-run's default beside full SFT that goes on."""
-    full = replace(FULL, name="full, 60 steps", steps=max(LARGER_STEPS))
     for seed in range(3):
-        for name in ("tokens", "mixed"):
-            yield Run(name, seed, full, LARGER_STEPS, LARGER_STEPS[0])
+        for name in NOISY:
+            yield Run(name, seed, FULL_LONGER, LARGER_STEPS, LARGER_STEPS[0])
             yield Run(name, seed, SHARED_RULES[0], (48,), 48)
 
 

@@ -1,10 +1,20 @@
 """Table of in-run's default with more rows a step, next to full SFT that goes on for as long."""
 
-from benchmarks.evidence.grid import LARGER_STEPS, SHARED_RULES
-from benchmarks.evidence.report import Results, difference, mean, set_names, steps_cpu, table, wins
+from benchmarks.evidence.grid import FULL_LONGER, LARGER_STEPS, SHARED_RULES
+from benchmarks.evidence.report import (
+    Results,
+    all_cpu,
+    difference,
+    mean,
+    mean_seconds,
+    set_names,
+    steps_cpu,
+    table,
+    wins,
+)
 from benchmarks.evidence.stats import paired
 
-FULL, IN_RUN = f"full, {max(LARGER_STEPS)} steps", SHARED_RULES[0].name
+FULL, IN_RUN = FULL_LONGER.name, SHARED_RULES[0].name
 
 
 def larger(results: Results) -> str:
@@ -16,31 +26,22 @@ def larger(results: Results) -> str:
 
 
 def _of_set(results: Results, name: str) -> list[list[str]]:
-    full, in_run = results.runs[name][FULL], results.runs[name][IN_RUN]
-    masked = results.losses(name, IN_RUN)
-    spent = {seed: sum(run["cpu_seconds"].values()) for seed, run in in_run.items()}
-    rows = [[f"`{name}`, in-run, 48 steps", str(len(masked)), mean(masked), _seconds(spent), "", ""]]
-    for steps in LARGER_STEPS:
-        losses = results.losses(name, FULL, steps)
-        rows.append(_compared(f"`{name}`, full SFT, {steps} steps", masked, losses, {
-            seed: steps_cpu(run, steps) for seed, run in full.items()
-        }))  # fmt: skip
-    equal = {seed: equal_steps(run, spent[seed]) for seed, run in full.items() if seed in spent}
-    losses = {seed: float(full[seed]["target_loss"][str(steps)]) for seed, steps in equal.items() if steps}
-    cpu = {seed: steps_cpu(full[seed], equal[seed]) for seed in losses}
-    rows.append(_compared(f"`{name}`, full SFT, the first of these to cost as much", masked, losses, cpu))
+    full, masked = results.runs[name][FULL], results.losses(name, IN_RUN)
+    spent = {seed: all_cpu(run) for seed, run in results.runs[name][IN_RUN].items()}
+    rows = [[f"`{name}`, in-run, 48 steps", str(len(masked)), mean(masked), mean_seconds(spent.values()), "", ""]]
+    at = {f"{steps} steps": dict.fromkeys(full, steps) for steps in LARGER_STEPS}
+    at["the first of these to cost as much"] = {
+        seed: steps for seed in spent if seed in full and (steps := equal_steps(full[seed], spent[seed]))
+    }
+    for what, steps_of in at.items():
+        losses = {seed: full[seed]["target_loss"][str(steps)] for seed, steps in steps_of.items()}
+        cpu = [steps_cpu(full[seed], steps) for seed, steps in steps_of.items()]
+        found = paired(masked, losses)
+        cells = [str(len(losses)), mean(losses), mean_seconds(cpu), difference(found), wins(found)]
+        rows.append([f"`{name}`, full SFT, {what}", *cells])
     return rows
 
 
 def equal_steps(full: dict, seconds: float) -> int:
     """The first measured step by which full SFT has taken as many CPU seconds; 0 where none has."""
     return next((steps for steps in LARGER_STEPS if steps_cpu(full, steps) >= seconds), 0)
-
-
-def _compared(what: str, masked: dict[int, float], losses: dict[int, float], cpu: dict[int, float]) -> list[str]:
-    found = paired(masked, losses)
-    return [what, str(len(losses)), mean(losses), _seconds(cpu), difference(found), wins(found)]
-
-
-def _seconds(by_seed: dict[int, float]) -> str:
-    return f"{sum(by_seed.values()) / len(by_seed):.0f}" if by_seed else ""

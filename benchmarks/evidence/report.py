@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,16 @@ def by_seed(of_rule: dict[int, dict], *path: str) -> dict[int, float]:
 def cost_of(of_rule: dict[int, dict]) -> str:
     """Mean CPU seconds of training and of scoring."""
     parts = [by_seed(of_rule, "cpu_seconds", purpose) for purpose in ("train", "score")]
-    return " + ".join(f"{sum(part.values()) / len(part):.0f}" for part in parts if part)
+    return " + ".join(mean_seconds(part.values()) for part in parts if part)
+
+
+def mean_seconds(seconds: Collection[float]) -> str:
+    return f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+
+
+def all_cpu(run: dict) -> float:
+    """CPU seconds of training and scoring."""
+    return sum(run["cpu_seconds"].values())
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -151,7 +161,7 @@ def cost(results: Results, name: str, rule: str) -> str:
     runs = results.runs[name][rule].values()
     train = [steps_cpu(run, 48) if rule == FULL else run["cpu_seconds"]["train"] for run in runs]
     score = [run["cpu_seconds"]["score"] for run in runs]
-    return f"{sum(train) / len(train):.0f} + {sum(score) / len(score):.0f}"
+    return f"{mean_seconds(train)} + {mean_seconds(score)}"
 
 
 def validation_rows(results: Results, name: str) -> str:
@@ -181,14 +191,12 @@ def equal_compute(results: Results, name: str) -> str:
         for step in steps:
             losses = results.losses(name, rule, step)
             seconds = [steps_cpu(run, step) for seed, run in by_seed.items() if seed in losses]
-            rows.append(
-                [f"full SFT, {step} steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"]
-            )
+            rows.append([f"full SFT, {step} steps", str(len(losses)), mean(losses), mean_seconds(seconds)])
     for rule, by_seed in results.runs[name].items():
         if is_compared(rule):
-            seconds = [sum(run["cpu_seconds"].values()) for run in by_seed.values()]
             losses = results.losses(name, rule)
-            rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), f"{sum(seconds) / len(seconds):.0f}"])
+            seconds = mean_seconds([all_cpu(run) for run in by_seed.values()])
+            rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), seconds])
     return table(["", "seeds", "held-out loss", "CPU s, scoring included"], sorted(rows, key=lambda r: float(r[3])))
 
 
