@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from benchmarks.evidence import larger_report
+from benchmarks.evidence import again, larger_report
 from benchmarks.evidence.__main__ import SHORT_RULES
 from benchmarks.evidence.data import Row, corrupt_digits, shuffled_words
 from benchmarks.evidence.forgetting import Forgetting, cases
 from benchmarks.evidence.grid import FRESH, FULL, LARGER_STEPS, ORACLE, SUSPECT, TYPICAL, runs, with_validation
 from benchmarks.evidence.preference import PAIR_RULES
-from benchmarks.evidence.report import fill, read_results, summary
+from benchmarks.evidence.report import fill, summary
+from benchmarks.evidence.results import read_results
 from benchmarks.evidence.rules import Rule, Window, typical_rows, weights_of
 from benchmarks.evidence.runs import Record
 from benchmarks.evidence.signals import Values
@@ -195,3 +196,28 @@ def test_summary_is_paired_and_filled_into_the_text(tmp_path) -> None:
     assert "| rule | -0.1000 ± 0.0000 (50%) | 10 + 5 |" in found
     text = fill("a\n<!-- table: summary -->\nold\n<!-- end -->\nb\n", {"summary": found})
     assert "old" not in text and found in text and text.endswith("<!-- end -->\nb\n")
+
+
+def test_two_results_of_the_same_runs_are_compared_by_rule(tmp_path) -> None:
+    for folder, extra in (("first", 0.0), ("again", 0.01)):
+        for rule, seed, loss in (("full", 0, 1.0), ("full", 1, 2.0), ("rule", 0, 0.9 + extra), ("rule", 1, 1.9)):
+            run = {"run": {"set": "mixed", "seed": seed, "rule": {"name": rule}}, "target_loss": {"48": loss}}
+            _write(tmp_path / folder / "trained" / f"{rule}{seed}.json", run)
+        pairs = {"run": {"name": "full", "seed": 0}, "held_out": {"24": {"dpo_loss": 9}, "48": {"dpo_loss": 0.5}}}
+        _write(tmp_path / folder / "preference" / "full.json", pairs)
+    only_first = {"run": {"set": "mixed", "seed": 2, "rule": {"name": "rule"}}, "target_loss": {"48": 5.0}}
+    _write(tmp_path / "first" / "trained" / "2.json", only_first)
+    assert again.again(tmp_path / "first") == ""
+    again.compare(tmp_path / "first", tmp_path / "again")
+    lines = again.again(tmp_path / "first").splitlines()
+    assert lines[0] == "5 runs in 3 minutes, 2 cores (a CPU)."
+    assert lines[4:] == [
+        "| mixed | full | 2 | 1.500 | 1.500 | 0.0000 |  |  |",
+        "| mixed | rule | 2 | 1.400 | 1.405 | 0.0100 | -0.1000 ± 0.0000 | -0.0950 ± 0.0635 |",
+        "| preference | full | 1 | 0.500 | 0.500 | 0.0000 |  |  |",
+    ]
+
+
+def _write(path, run: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run | {"run_seconds": 36.0, "machine": {"cpu": "a CPU", "cores": 2}}))

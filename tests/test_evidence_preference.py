@@ -23,7 +23,7 @@ from benchmarks.evidence.preference import (
     everything,
     keep_pair_tokens,
 )
-from benchmarks.evidence.report import read_runs
+from benchmarks.evidence.results import read_runs
 from benchmarks.evidence.runs import Study
 from benchmarks.evidence.stats import auroc
 

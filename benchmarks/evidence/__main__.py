@@ -23,12 +23,14 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.evidence import (
+    again,
     forgetting_report,
     found_report,
     frozen_report,
     larger_report,
     preference_report,
     report,
+    results,
 )
 from benchmarks.evidence.answers import AnswerCheck
 from benchmarks.evidence.costs import Clock
@@ -176,7 +178,7 @@ class Work:
         for number, (settings, run, path) in enumerate(todo):
             with Clock() as clock:
                 result = run()
-            write(path, settings | result)
+            write(path, settings | result | {"run_seconds": round(clock.wall, 1)})
             setting = settings["run"]
             name = setting.get("name") or f"{setting['set']}, {setting['rule']['name']}"
             logger.info("%d/%d seed %d, %s: %.0f s", number + 1, len(todo), setting["seed"], name, clock.wall)
@@ -192,23 +194,24 @@ class Work:
     def tables(self) -> None:
         from benchmarks.evidence import plots  # matplotlib: the `dev` extra
 
-        results = report.read_results(self.output / "trained")
-        (self.output / "tables.md").write_text(report.all_tables(results))
+        trained = results.read_results(self.output / "trained")
+        (self.output / "tables.md").write_text(report.all_tables(trained))
         forgotten, preferred, clean = (
-            report.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
+            results.read_runs(self.output / name) for name in ("forgetting", "preference", "preference_clean")
         )
         blocks = forgetting_report.blocks(forgotten) | preference_report.blocks(preferred, clean)
-        blocks["frozen"] = frozen_report.frozen(results)
-        blocks["larger"] = larger_report.larger(report.read_results(self.output / "larger" / "trained"))
+        blocks["frozen"] = frozen_report.frozen(trained)
+        blocks["larger"] = larger_report.larger(results.read_results(self.output / "larger" / "trained"))
         blocks["detection"] = found_report.detection(self.output)
         blocks["answers"] = found_report.answers(self.output / "answers")
+        blocks["again"] = again.again(self.output)
         readme = self.output.parent / "README.md"
         if readme.exists():
-            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(results) | blocks))
+            readme.write_text(report.fill(readme.read_text(), report.readme_blocks(trained) | blocks))
         if forgotten:
             plots.forgetting(forgotten, self.output / "forgetting.png")
-        plots.differences(results, self.output / "differences.png", fewest=1)
-        plots.compute(results, "mixed", self.output / "compute.png")
+        plots.differences(trained, self.output / "differences.png", fewest=1)
+        plots.compute(trained, "mixed", self.output / "compute.png")
 
 
 def sized(settings: Settings, size: dict) -> Settings:
@@ -241,6 +244,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these, as set:seed: tokens:0 clean:1")
     parser.add_argument("--rules", nargs="+", help="only rules with one of these names")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--again", type=Path, help="output of the same runs made anew: the tables say how far apart")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
@@ -266,6 +270,8 @@ def main() -> None:
     if "preference" in parts:
         for flipped in (Preference.flipped, 0.0) if arguments.full else (Preference.flipped,):
             work.prefer(seeds, arguments.rules or named.get("preference"), sized(Preference(flipped=flipped), size))
+    if arguments.again:
+        again.compare(output, arguments.again)
     if "tables" in parts:
         work.tables()
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.evidence.report import Runs, by_seed, cost_of, difference, mean, percent, table
+from benchmarks.evidence.report import cost_of, difference, mean, percent, table
+from benchmarks.evidence.results import Runs, by_seed
 from benchmarks.evidence.stats import bootstrap_interval, first_crossing, paired, rank_correlation
 
 FULL = "full"

@@ -1,6 +1,7 @@
 """Tables of masks that are made once and kept: what `score` and `mask` do."""
 
-from benchmarks.evidence.report import DEFAULT, Results, against_full, set_names, table, wins, with_share_closed
+from benchmarks.evidence.report import DEFAULT, against_full, set_names, table, wins, with_share_closed
+from benchmarks.evidence.results import Results
 
 FROZEN = {
     f"{DEFAULT}, once at the start, no preconditioner": "`suspect`, scored at the start, plain direction",

@@ -144,7 +144,8 @@ class Run:
 
 def run_of(name: str, seed: int, rule: Rule) -> Run:
     """On noisy sets full SFT goes on past the step at which it is compared."""
-    choices = (name, seed) == ("mixed", 0) and rule in (*HEADLINE["mixed"], *EARLIER, *CONTROLS)
+    asked = [FULL, ORACLE, EXCESS_RULE] if seed else [*HEADLINE["mixed"], *EARLIER, *CONTROLS]
+    choices = name == "mixed" and seed < 3 and rule in asked
     if rule == FULL and name != "clean":
         return Run(name, seed, LONG, LONG_STEPS, LONG_STEPS[0], choices)
     if rule == with_validation(FULL):

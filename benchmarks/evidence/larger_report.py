@@ -1,17 +1,8 @@
 """Table of in-run's default with more rows a step, next to full SFT that goes on for as long."""
 
 from benchmarks.evidence.grid import FULL_LONGER, LARGER_STEPS, SHARED_RULES
-from benchmarks.evidence.report import (
-    Results,
-    all_cpu,
-    difference,
-    mean,
-    mean_seconds,
-    set_names,
-    steps_cpu,
-    table,
-    wins,
-)
+from benchmarks.evidence.report import all_cpu, difference, mean, mean_seconds, set_names, steps_cpu, table, wins
+from benchmarks.evidence.results import Results
 from benchmarks.evidence.stats import paired
 
 FULL, IN_RUN = FULL_LONGER.name, SHARED_RULES[0].name

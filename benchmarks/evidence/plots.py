@@ -7,7 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from benchmarks.evidence.report import ADDED, FULL, ORACLE, Results, Runs, is_compared  # noqa: E402
+from benchmarks.evidence.report import ADDED, FULL, ORACLE, is_compared  # noqa: E402
+from benchmarks.evidence.results import Results, Runs  # noqa: E402
 from benchmarks.evidence.stats import mean_interval, paired  # noqa: E402
 
 TITLES = {

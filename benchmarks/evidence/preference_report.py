@@ -1,6 +1,7 @@
 """The tables of the study of flipped pairs, from the JSON of its finished runs."""
 
-from benchmarks.evidence.report import Runs, by_seed, cost_of, difference, mean, percent, table
+from benchmarks.evidence.report import cost_of, difference, mean, percent, table
+from benchmarks.evidence.results import Runs, by_seed
 from benchmarks.evidence.stats import gap_closed, paired
 
 FULL, ORACLE = "full", "oracle"

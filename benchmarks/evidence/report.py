@@ -1,72 +1,15 @@
 """Tables (Markdown) from the JSON of finished runs. No figure is written by hand."""
 
-import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.evidence import grid
 from benchmarks.evidence.grid import ADDED
+from benchmarks.evidence.results import Results, by_seed
 from benchmarks.evidence.stats import gap_closed, mean_interval, paired
 
 FULL, ORACLE, DEFAULT = grid.FULL.name, grid.ORACLE.name, grid.EXCESS_RULE.name
-
-
-@dataclass(frozen=True)
-class Results:
-    """Finished runs by set and rule name, then by seed."""
-
-    runs: dict[str, dict[str, dict[int, dict]]]
-
-    def losses(self, name: str, rule: str, step: int | None = None) -> dict[int, float]:
-        """Held-out loss by seed, at the rule's own last step or at `step`."""
-        found = {}
-        for seed, run in self.runs[name].get(rule, {}).items():
-            losses = {int(key): value for key, value in run["target_loss"].items()}
-            at = step or (min(losses) if rule == FULL else max(losses))
-            if at in losses:
-                found[seed] = losses[at]
-        return found
-
-    def field(self, name: str, rule: str, *path: str) -> dict[int, float]:
-        """A figure of each run by seed; runs without it are left out."""
-        return by_seed(self.runs[name].get(rule, {}), *path)
-
-
-def read_results(folder: Path) -> Results:
-    runs: dict = defaultdict(lambda: defaultdict(dict))
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
-        setting = run["run"]
-        runs[setting["set"]][setting["rule"]["name"]][setting["seed"]] = run
-    return Results(runs)
-
-
-Runs = dict[str, dict[int, dict]]  # finished runs of a study with one set, by rule name, then by seed
-
-
-def read_runs(folder: Path) -> Runs:
-    """By name of the rule."""
-    runs: Runs = defaultdict(dict)
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
-        runs[run["run"]["name"]][run["run"]["seed"]] = run
-    return {rule: dict(sorted(of_rule.items())) for rule, of_rule in sorted(runs.items())}
-
-
-def by_seed(of_rule: dict[int, dict], *path: str) -> dict[int, float]:
-    """A figure of each run by seed; runs without it are left out."""
-    found = {}
-    for seed, run in of_rule.items():
-        value = run
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, int | float) and not math.isnan(value):
-            found[seed] = value
-    return found
 
 
 def cost_of(of_rule: dict[int, dict]) -> str:
@@ -184,25 +127,25 @@ def validation_rows(results: Results, name: str) -> str:
 def equal_compute(results: Results, name: str) -> str:
     """Full SFT with more steps, and what every rule cost."""
     rows = []
-    for rule, by_seed in results.runs[name].items():
+    for rule, of_rule in results.runs[name].items():
         if not rule.startswith(FULL) or rule.endswith(ADDED):
             continue
-        steps = sorted({int(key) for run in by_seed.values() for key in run["target_loss"]})
+        steps = sorted({int(key) for run in of_rule.values() for key in run["target_loss"]})
         for step in steps:
             losses = results.losses(name, rule, step)
-            seconds = [steps_cpu(run, step) for seed, run in by_seed.items() if seed in losses]
+            seconds = [steps_cpu(run, step) for seed, run in of_rule.items() if seed in losses]
             rows.append([f"full SFT, {step} steps", str(len(losses)), mean(losses), mean_seconds(seconds)])
-    for rule, by_seed in results.runs[name].items():
+    for rule, of_rule in results.runs[name].items():
         if is_compared(rule):
             losses = results.losses(name, rule)
-            seconds = mean_seconds([all_cpu(run) for run in by_seed.values()])
+            seconds = mean_seconds([all_cpu(run) for run in of_rule.values()])
             rows.append([f"{rule}, 48 steps", str(len(losses)), mean(losses), seconds])
     return table(["", "seeds", "held-out loss", "CPU s, scoring included"], sorted(rows, key=lambda r: float(r[3])))
 
 
 def dropped_by(results: Results, name: str, what: str) -> str:
     """Share of the tokens dropped, by kind of row or class of token."""
-    rules = {rule: by_seed for rule, by_seed in results.runs[name].items() if is_compared(rule)}
+    rules = {rule: of_rule for rule, of_rule in results.runs[name].items() if is_compared(rule)}
     keys = sorted({key for runs in rules.values() for run in runs.values() for key in run["detection"].get(what, {})})
     rows = []
     for rule in sorted(rules):
@@ -211,13 +154,18 @@ def dropped_by(results: Results, name: str, what: str) -> str:
 
 
 def choices(results: Results, name: str) -> str:
-    """Accuracy of multiple choice after training."""
+    """Accuracy of multiple choice after training, and the difference to full SFT by seed."""
     rows = []
     for rule in results.runs[name]:
-        found = [results.field(name, rule, "retention", key) for key in ("hellaswag", "arc")]
-        if all(found):
-            rows.append([rule, str(len(found[0])), *(percent(values) for values in found)])
-    return table(["rule", "seeds", "HellaSwag", "ARC challenge"], rows)
+        own, full = (
+            [results.field(name, which, "retention", key) for key in ("hellaswag", "arc")] for which in (rule, FULL)
+        )
+        if all(own):
+            against = ["" if rule == FULL else difference(paired(*both)) for both in zip(own, full, strict=True)]
+            shares = map(percent, own)
+            cells = [cell for both in zip(shares, against, strict=True) for cell in both]
+            rows.append([rule, str(len(own[0])), *cells])
+    return table(["rule", "seeds", "HellaSwag", "minus full", "ARC challenge", "minus full"], rows)
 
 
 def summary(results: Results) -> str:
