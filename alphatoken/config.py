@@ -164,6 +164,9 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Dire
     _parameters = field_validator("parameters")(check_parameters)
 
 
+MAKE_A_DIRECTION = {"normalization", "positions", "class_weights", "preconditioner"} | (
+    set(DirectionOptions.model_fields) - set(DirectionShape.model_fields)
+)
 STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
 
 
@@ -211,6 +214,9 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         if self.estimator in ("exact", "value_propagation"):
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
+            if self.direction and (given := sorted(MAKE_A_DIRECTION & self.model_fields_set)):
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(f"{names}: how a direction is made; --direction {self.direction} is made already")
             if self.fisher and not self.reference_model:
                 raise ValueError(STABILITY_NEEDS)
             if self.reference_model and not self.fisher and self.objective == "sft":

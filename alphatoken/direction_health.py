@@ -37,9 +37,10 @@ def class_shares(
     batches: Sequence[Batch],
     class_of: torch.Tensor,
     class_weights: torch.Tensor | None = None,
+    method: str = "forward",
 ) -> dict[str, ClassShare]:
     """By name of the class. direction: not preconditioned; class_of V: class of each token id; class_weights V."""
-    exact = Exact(scoring, parameters, direction, method="forward")
+    exact = Exact(scoring, parameters, direction, method=method)
     values = torch.zeros(len(TOKEN_CLASS_NAMES), dtype=torch.float64)
     counts = torch.zeros_like(values)
     for batch in batches:
@@ -51,13 +52,19 @@ def class_shares(
         classes = class_of[targets].long()
         values.index_add_(0, classes, found)
         counts += torch.bincount(classes, minlength=len(counts))
-    shares = (values / values.sum()).tolist(), (counts / counts.sum()).tolist()
+    shares = (values / (values.sum() or 1)).tolist(), (counts / counts.sum()).tolist()  # 0 where no class has a weight
     return {name: ClassShare(*pair) for name, *pair in zip(TOKEN_CLASS_NAMES, *shares, strict=True)}
 
 
-def agreement(scoring: ScoringModel, parameters: str, halves: Sequence[Tensors], batches: Sequence[Batch]) -> float:
+def agreement(
+    scoring: ScoringModel,
+    parameters: str,
+    halves: Sequence[Tensors],
+    batches: Sequence[Batch],
+    method: str = "forward",
+) -> float:
     """Spearman's correlation of the values of `batches` along both directions."""
-    estimators = (Exact(scoring, parameters, half, method="forward") for half in halves)
+    estimators = (Exact(scoring, parameters, half, method=method) for half in halves)
     first, second = (np.concatenate([e(batch).adaptation.cpu().numpy() for batch in batches]) for e in estimators)
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 

@@ -23,7 +23,7 @@ from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
 from alphatoken.experts import FixedRouting, is_routed
-from alphatoken.hidden_tangent import HiddenTangents, hidden_tangent
+from alphatoken.hidden_tangent import HiddenTangents, hidden_tangent, still_padding
 from alphatoken.model import ScoringModel
 from alphatoken.tangent_linear import stacked_weights, wide_products
 from alphatoken.targets import ADAPTATION, target_column
@@ -124,7 +124,7 @@ class Exact:
                 head = self.scoring.head(primal, batch.targets, gradient=True, tangents=own)
             assert head.hidden_gradient is not None
             values[name] = (head.hidden_gradient * tangent).sum(-1, dtype=head.losses.dtype)
-            if head.weight_tangent is not None:
+            if own is not None and head.weight_tangent is not None:
                 values[name] = values[name] + head.weight_tangent
         assert head is not None, "no direction"
         return values, -head.losses
@@ -222,7 +222,7 @@ class Exact:
         return routing, losses
 
     def _losses(self, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
-        with swapped_weights(self.scoring.model, weights), trunk:
+        with still_padding(self.scoring.model), swapped_weights(self.scoring.model, weights), trunk:
             return self.scoring.head(self.scoring.predicting_states(batch), batch.targets).losses
 
 

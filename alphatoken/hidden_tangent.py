@@ -9,6 +9,7 @@ K directions, N response tokens, D hidden width.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -108,17 +109,27 @@ class HiddenTangents:
                 hook.remove()
 
 
+class NoForwardMode(UserError):
+    """A module of the model has no forward-mode derivative."""
+
+
 class _Entered(Exception):
     """The first scored layer is reached."""
 
 
 def _predicting(scoring: ScoringModel, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
     """Final hidden states at the predicting positions with dual numbers as weights: ND."""
-    with replaced_weights(scoring.model, weights), differentiable(), differentiable_experts(scoring.model), trunk:
+    with (
+        still_padding(scoring.model),
+        replaced_weights(scoring.model, weights),
+        differentiable(),
+        differentiable_experts(scoring.model),
+        trunk,
+    ):
         try:
             return scoring.predicting_states(batch)
         except NotImplementedError as error:
-            raise UserError(
+            raise NoForwardMode(
                 f"{_raising_module(scoring.model, error)} has no forward-mode derivative: use --method central"
             ) from error
 
@@ -132,6 +143,31 @@ def _raising_module(model: nn.Module, error: BaseException) -> str:
         found = inside if isinstance(inside, nn.Module) and inside in names else found
         traceback = traceback.tb_next
     return f"{names[found]} ({type(found).__name__})" if found is not model else type(model).__name__
+
+
+@contextmanager
+def still_padding(model: nn.Module) -> Iterator[None]:
+    """Inside, the padding token of an embedding is put in as it was on entry, however its row moves.
+
+    Autograd gives that row no gradient for its use as input, so training does not move it for that; forward mode and
+    a moved weight know nothing of it. It matters where the padding token ends turns too, and the head has the same
+    weight, which does move.
+    """
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                row = module(torch.tensor(module.padding_idx, device=module.weight.device))
+            hooks.append(module.register_forward_hook(partial(_put_back, row)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _put_back(row: torch.Tensor, module: nn.Embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return torch.where((inputs[0] == module.padding_idx)[..., None], row, output)
 
 
 @contextmanager

@@ -213,9 +213,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """A value must be that of the weights, not of a draw: every dropout probability becomes zero."""
+    """A value must be that of the weights, not of a draw: every probability of dropout, every width of jitter is zero.
+
+    Models keep them in modules or as numbers: attention_dropout, layerdrop, router_jitter_noise.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)

@@ -136,6 +136,8 @@ def _persistent_items(unit: ReadUnit) -> Iterator[Item]:
                     yield item
             return
         except Exception as error:
+            if retries.is_refused(error) and not retries.is_transient(error):
+                raise _unanswered(unit, error) from error
             if not retries.is_transient(error):
                 raise
             failures += 1
@@ -143,11 +145,15 @@ def _persistent_items(unit: ReadUnit) -> Iterator[Item]:
                 if "://" not in unit.path:  # a damaged disk: other files and blocks of it can be read
                     yield next_position, None, f"the file cannot be read from here on: {first_line(error)}"
                     return
-                raise UserError(
-                    f"{unit.path} cannot be read ({first_line(error)}): once its storage answers, run the same "
-                    "command again: it resumes."
-                ) from error
+                raise _unanswered(unit, error) from error
         retries.wait(failures)
+
+
+def _unanswered(unit: ReadUnit, error: BaseException) -> UserError:
+    return UserError(
+        f"{unit.path} cannot be read ({first_line(error)}): once its storage answers, run the same command again: it "
+        "resumes."
+    )
 
 
 def _read_jsonl(unit: ReadUnit) -> Iterator[Item]:
@@ -214,16 +220,16 @@ _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_data_
 
 
 def _stop_where_unreadable(items: Iterator[Item], position: int) -> Iterator[Item]:
-    """The items; where reading fails, one item that says why, at the position that would have come next.
+    """The items; where the file is damaged, one item that says so, at the position that would have come next.
 
-    Raises what may be gone at the next attempt.
+    Raises what is the storage's fault: it may be gone at the next attempt, and the rows are there.
     """
     try:
         for item in items:
             yield item
             position = item[0] + 1
     except UNREADABLE as error:
-        if retries.is_transient(error):
+        if retries.is_transient(error) or retries.is_refused(error):
             raise
         yield position, None, f"the file cannot be read from here on: {first_line(error)}"
 

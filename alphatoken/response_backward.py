@@ -50,5 +50,5 @@ class _Linear(torch.autograd.Function):
         weight, places = ctx.saved_tensors
         flat = gradient.flatten(0, 1)
         result = flat.new_zeros(len(flat), weight.shape[1])
-        result[places] = flat[places] @ weight
+        result[places] = flat[places] @ weight.to(flat.dtype)  # autocast's; it may not reach this thread
         return result.view(*gradient.shape[:2], -1), None, None, None

@@ -25,7 +25,7 @@ TRANSIENT = frozenset(
     {
         errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN,
         errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNABORTED, errno.ECONNRESET,
-        errno.ECONNREFUSED, errno.EPIPE,
+        errno.ECONNREFUSED, errno.EPIPE, errno.EREMOTEIO,
     }
 )  # fmt: skip
 # Errors of fsspec's drivers that are no OSErrors; by name, because a driver need not be installed.
@@ -47,6 +47,16 @@ def is_transient(error: BaseException) -> bool:
     status = getattr(error, "status", None) or getattr(error, "code", None)
     busy = isinstance(status, int) and (status >= 500 or status in TOO_BUSY)
     return busy or any(kind.__name__ in TRANSIENT_NAMES for kind in type(error).__mro__)
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether the storage, not what is stored, is the reason: no permission any more, gone, another error number.
+
+    Damaged files have none: gzip and Arrow raise an OSError without a number.
+    """
+    return isinstance(error, OSError) and (
+        error.errno is not None or isinstance(error, PermissionError | FileNotFoundError)
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

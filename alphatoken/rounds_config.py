@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from alphatoken.config import Dtype, check_decoder_weights
 from alphatoken.targets import one_target
-from alphatoken.train_config import BY_VALUE, TrainConfig
+from alphatoken.train_config import TrainConfig
 
 
 class RoundsConfig(TrainConfig):
@@ -75,11 +75,6 @@ class RoundsConfig(TrainConfig):
         return "prompts" if self.generate else super().data_kind
 
     @property
-    def uses_moments(self) -> bool:
-        """Whether values need the optimizer's second moments."""
-        return self.preconditioner == "adam" and self.rule in BY_VALUE
-
-    @property
     def oldest_values(self) -> int:
         """Age in steps of the oldest values that a step of this run is trained on."""
         return (2 if self.overlap else 1) * self.refresh_every - 1
@@ -108,8 +103,7 @@ class RoundsConfig(TrainConfig):
             )
         if self.uses_moments and not self.plain_steps:
             raise ValueError("--preconditioner adam needs --plain-steps 1 or more: without a step there are no moments")
-        if self.uses_moments and not self.optimizer.startswith("adamw"):
-            raise ValueError(f"--preconditioner adam needs an AdamW optimizer, not {self.optimizer}")
+        self._check_moments()
         if self.max_staleness is not None and self.max_staleness < self.oldest_values:
             raise ValueError(
                 f"--max-staleness {self.max_staleness}: values get up to {self.oldest_values} steps old with "

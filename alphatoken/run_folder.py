@@ -76,8 +76,9 @@ class RunFolder:
 
         'finished': the same run ended here. 'resume': the same run was cut off; what it did not commit is removed.
         'new': everything else that may be written to, also after another run without any result. Raises UserError
-        where another run's results are in the way (unless `overwrite`) and where files are that no run wrote (always:
-        they are not ours to delete).
+        where another run's results are in the way (unless `overwrite`, which leaves the same run's alone: a job that
+        is started again and again has to end) and where files are that no run wrote (always: they are not ours to
+        delete).
         """
         state = self.look(identity, overwrite)
         if state == "new":
@@ -93,10 +94,10 @@ class RunFolder:
     def look(self, identity: dict, overwrite: bool = False) -> State:
         """What `open` would return or raise; nothing is changed. UNKNOWN in `identity` agrees with any value."""
         earlier = self._earlier_identity()
-        if earlier is None or overwrite:
+        if earlier is None:
             return "new"
         changed = list(differences(earlier, identity))
-        if changed and self._has_results():
+        if changed and self._has_results() and not overwrite:
             raise UserError(different_run(self.uri, changed))
         if changed:
             return "new"

@@ -47,8 +47,7 @@ def build_estimator(config: ScoreConfig, scoring: ScoringModel, direction_path: 
     if config.estimator in ("loss", "entropy", "random"):
         return Baseline(scoring, config.estimator, seed=config.seed)
     if config.estimator == "excess_loss":
-        assert config.reference_model is not None
-        return Baseline(scoring, "excess_loss", load_model(config.reference_model, config.dtype, scoring.device))
+        return Baseline(scoring, "excess_loss", _reference_of(config, scoring))
     assert direction_path is not None
     direction = tensor_file.load(direction_path, "direction")
     parameters = config.parameters or direction.provenance.parameters
@@ -84,8 +83,7 @@ def _drift(
             f"{config.model} is a LoRA adapter, whose base weights have not moved: for stability merge it into its "
             "base model and score that"
         )
-    assert config.reference_model is not None
-    reference = load_model(config.reference_model, config.dtype, scoring.device)
+    reference = _reference_of(config, scoring)
     fisher = tensor_file.load(config.fisher, "fisher")
     tensor_file.check_matches(fisher.provenance, config.fisher, fingerprint(reference.model), parameters)
     check_covers(fisher, config.fisher, scoring, parameters)
@@ -93,6 +91,11 @@ def _drift(
     drift = directions.drift(scoring, weights, fisher.group("fisher"))
     # A preconditioned step moves by scale * gradient, so both directions are scaled alike.
     return {name: d * scale[name].to(d.device) if scale else d for name, d in drift.items()}
+
+
+def _reference_of(config: ScoreConfig, scoring: ScoringModel) -> ScoringModel:
+    assert config.reference_model is not None
+    return load_model(config.reference_model, config.dtype, scoring.device, config.trust_remote_code)
 
 
 @dataclass(frozen=True)

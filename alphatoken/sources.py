@@ -127,6 +127,10 @@ def _resolve_path(fs: Any, path: str) -> list[Input]:
     if _is_saved(fs, path):
         return [_resolve_data_set(fs, path, None)]
     base = path.rstrip("/")
+    if fs.exists(f"{base}/run.json") and not fs.exists(f"{base}/manifest.json"):
+        raise UserError(
+            f"{path} has no manifest.json: the job that writes it has not finished; run it again, it resumes."
+        )
     own = ("run.json", "token_classes.parquet", "quarantine")
     if any(fs.exists(f"{base}/{name}") for name in own):
         base += "/data"  # alphatoken wrote this folder: the rest of it is not rows

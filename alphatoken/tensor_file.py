@@ -141,20 +141,20 @@ def _parse_header(raw: bytes, path: str, kind: str) -> Provenance:
 
 
 def finished(path: str, kind: str, run: dict, overwrite: bool) -> Provenance | None:
-    """The provenance of the file at `path` if `run` made it; None where there is no file, or it is to be replaced.
+    """The provenance of the file at `path` if `run` made it; None where there is no file, or another's is replaced.
 
     run: fields of Provenance that say which run it is, of `options` some. Raises UserError where something else is
     there.
     """
-    if overwrite or not exists(path):
+    if not exists(path):
         return None
     found = read_provenance(path, kind)
     there = {name: getattr(found, name) for name in run}
     there["options"] = {name: found.options.get(name) for name in run["options"]}
     changed = list(differences(there, json.loads(json.dumps(run))))
-    if changed:
+    if changed and not overwrite:
         raise UserError(different_run(path, changed))
-    return found
+    return None if changed else found
 
 
 def check_matches(provenance: Provenance, path: str, model_fingerprint: str, parameters: str | None) -> None:

@@ -181,12 +181,22 @@ class TrainConfig(StageConfig, LiveValueOptions):
         self._check_validation_objective()
         check_decoder_weights(self.parameters, "--in-run scores")
         one_target(self.validation, "--in-run knows")
+        self._check_moments()
         if self.lora_rank:
             raise ValueError("--in-run trains all weights; with --lora-rank use `alphatoken rounds`")
         if self.fsdp:
             raise ValueError("--in-run needs whole weights on every worker, so it does not go with --fsdp")
         if self.gradient_checkpointing:
             raise ValueError("--in-run reads activations of the forward pass, so not with --gradient-checkpointing")
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether values need the optimizer's second moments."""
+        return self.preconditioner == "adam" and self.rule in BY_VALUE
+
+    def _check_moments(self) -> None:
+        if self.uses_moments and not self.optimizer.startswith("adamw"):
+            raise ValueError(f"--preconditioner adam needs an AdamW optimizer, not {self.optimizer}")
 
     def _check_validation_objective(self) -> None:
         if self.validation_objective != "sft":

@@ -90,6 +90,8 @@ def pipeline(
     model: str, data: str, direction: str | None, validation: str, rows: int, actors: int, folder: str
 ) -> dict:
     """Rows per second once the actors are at work, each on one thread."""
+    import ray
+
     import pipelines.score as score
 
     score.torch_threads = lambda *_: 1  # the only actor of one would take both cores
@@ -103,6 +105,7 @@ def pipeline(
     )  # fmt: skip
     at: list[tuple[float, int]] = []
     score.run_score(config, lambda counts: at.append((time.monotonic(), counts["rows_in"])))
+    ray.shutdown()  # in order, or its threads complain when this process ends
     first, last = at[actors - 1], at[-1]  # each actor's first shard has its loading before it
     return {
         "rows": rows, "actors": actors, "rows_per_second": (last[1] - first[1]) / (last[0] - first[0]),

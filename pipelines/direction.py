@@ -142,11 +142,11 @@ def make_direction(
         own = config.model_copy(update={"validation": files})
         gradients[target] = _gradients(scoring, own, encoder, options, weigh, sums, len(gradients), tick)
     tick("checks of the direction", 0)
-    scale = _adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None)
-    tensors = {f"scale/{name}": tensor.cpu() for name, tensor in scale.items()}
+    scale = _on_cpu(_adam_scale(scoring, encoder, config, parameters, pairs if data_pairs else None))
+    tensors = {f"scale/{name}": tensor for name, tensor in scale.items()}
     about = {}
     for target, part in gradients.items():
-        direction = {name: (g * scale[name] if scale else g).cpu() for name, g in part.found.tensors.items()}
+        direction = {name: g * scale[name] if scale else g for name, g in part.found.tensors.items()}
         group = tensor_file.group_of("direction", target)
         tensors |= {f"{group}/{name}": tensor for name, tensor in direction.items()}
         moved = _is_moved(config, scoring)
@@ -217,7 +217,13 @@ def _gradients(
     losses = None
     if config.validation_objective == "sft":
         losses = profiled_losses(scoring, config, encoder, killed)
-    return _Gradients(config, halves, mean, refused, losses)
+    # Kept outside the accelerator: it has room for the sums of one target.
+    halves = [replace(half, tensors=_on_cpu(half.tensors)) for half in halves]
+    return _Gradients(config, halves, replace(mean, tensors=_on_cpu(mean.tensors)), refused, losses)
+
+
+def _on_cpu(tensors: directions.Tensors) -> directions.Tensors:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _rows_in(batch: Batch) -> int:

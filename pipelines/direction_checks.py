@@ -12,8 +12,10 @@ from alphatoken import direction as directions
 from alphatoken import token_classes
 from alphatoken.batching import Batch, plan_batches
 from alphatoken.config import DirectionConfig, ScoreConfig
-from alphatoken.direction_health import agreement, class_shares, concerns
+from alphatoken.direction_health import ClassShare, agreement, class_shares, concerns
 from alphatoken.encode import Encoder
+from alphatoken.errors import first_line
+from alphatoken.hidden_tangent import NoForwardMode
 from alphatoken.model import ScoringModel
 from alphatoken.pair_encode import PairEncoder
 from alphatoken.sources import plan_units
@@ -37,22 +39,45 @@ def check_direction(
     data_pairs: bool,
 ) -> dict[str, Any]:
     """Class shares of the direction, and agreement of its halves on the rows to be scored, where there are some."""
-    shares = {}
-    if config.validation_objective == "sft":
-        rows = _sample(config.validation, encoder.encode, scoring.device)
-        classes = torch.from_numpy(token_classes.class_of_ids(config.model, config.trust_remote_code))
-        shares = class_shares(scoring, options.parameters, found.tensors, rows, classes, options.class_weights)
-    agreed = None
-    data = getattr(config, "data", [])
-    if data and all(half.weight for half in halves):
-        rows = _sample(data, (PairEncoder(encoder) if data_pairs else encoder).encode, scoring.device)
-        if sum(batch.num_response_tokens for batch in rows) > 1:
-            agreed = agreement(scoring, options.parameters, [_scaled(half, scale) for half in halves], rows)
+    def measured(method: str) -> Measured:
+        shares = {}
+        if config.validation_objective == "sft":
+            rows = _sample(config.validation, encoder.encode, scoring.device)
+            classes = torch.from_numpy(token_classes.class_of_ids(config.model, config.trust_remote_code))
+            about = (scoring, options.parameters, found.tensors, rows, classes, options.class_weights)
+            shares = class_shares(*about, method=method)
+        agreed = None
+        data = getattr(config, "data", [])
+        if data and all(half.weight for half in halves):
+            rows = _sample(data, (PairEncoder(encoder) if data_pairs else encoder).encode, scoring.device)
+            if sum(batch.num_response_tokens for batch in rows) > 1:
+                scaled = [_scaled(half, scale) for half in halves]
+                agreed = agreement(scoring, options.parameters, scaled, rows, method)
+        return shares, agreed
+
+    shares, agreed = tried(measured, scoring.dtype)
     return {
         "class_shares": {name: asdict(share) for name, share in shares.items()},
         "agreement_of_halves": agreed,
         "concerns": concerns(shares, agreed, found.num_rows),
     }
+
+
+Measured = tuple[dict[str, ClassShare], float | None]
+
+
+def tried(measure: Callable[[str], Measured], dtype: torch.dtype) -> Measured:
+    """What can be measured: a direction must not be lost to a row, or a model, that only its check cannot take."""
+    try:
+        try:
+            return measure("forward")
+        except NoForwardMode:
+            if dtype == torch.bfloat16:  # a small step would be rounded away
+                raise
+            return measure("central")
+    except (NoForwardMode, RuntimeError, IndexError) as error:  # also out of memory, or more tokens than positions
+        logger.warning("the direction was not checked: %s", first_line(error))
+        return {}, None
 
 
 def tell(health: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ ORIGIN = [
 ]
 
 
+KEPT = "kept: "  # before the names of kept columns while they travel: an input may have a column called `source`
+
 ENCODED_AS = {"rows": schema.ENCODED, "pairs": schema.ENCODED_PAIRS, "prompts": schema.ENCODED_PROMPTS}
 
 
@@ -50,7 +52,7 @@ class EncodePlan:
 
     @property
     def arrow_schema(self) -> pa.Schema:
-        kept = [pa.field(name, pa.string()) for name in self.keep_columns]
+        kept = [pa.field(KEPT + name, pa.string()) for name in self.keep_columns]
         return pa.schema([*ENCODED_AS[self.kind], *kept, *ORIGIN])
 
 
@@ -138,7 +140,7 @@ def encode_row(row: SourceRow, columns: RowColumns, keep_columns: Iterable[str] 
     }
     if row.data is None:
         return record
-    record |= {name: _as_text(row.data.get(name)) for name in keep_columns}
+    record |= {KEPT + name: _as_text(row.data.get(name)) for name in keep_columns}
     try:
         record |= vars(columns.encode(row.data))
     except BadRowError as error:

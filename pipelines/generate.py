@@ -194,7 +194,7 @@ def read_prompts(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Prom
         for row in rows:
             if plan.config.limit is not None and row.position >= plan.config.limit:
                 break
-            records.append(prompt_request(row, reader))
+            records.append(prompt_request(row, reader, plan.config.columns.get("id", "id")))
             if len(records) == PROMPTS_PER_TABLE:
                 yield pa.Table.from_pylist(records, schema=REQUESTS)
                 records = []
@@ -202,9 +202,9 @@ def read_prompts(batch: dict[str, np.ndarray], units: list[ReadUnit], plan: Prom
             yield pa.Table.from_pylist(records, schema=REQUESTS)
 
 
-def prompt_request(row: SourceRow, reader: PromptReader) -> dict[str, Any]:
+def prompt_request(row: SourceRow, reader: PromptReader, id_column: str = "id") -> dict[str, Any]:
     """One of REQUESTS, still without its seed; with the reason where the row has no prompt that can be used."""
-    carried: dict[str, Any] = {"id": row_name(row), "source": row.source, "position": row.position}
+    carried: dict[str, Any] = {"id": row_name(row, id_column), "source": row.source, "position": row.position}
     reason, ids = row.error or "", []
     if row.data is not None:
         try:

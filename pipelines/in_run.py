@@ -168,7 +168,8 @@ class InRunDPOTrainer(_InRunTrainer, MaskedDPOTrainer):
     def _reference(self, batch: Batch, inputs: Inputs) -> torch.Tensor:
         """(2B, T) log-probabilities of the reference model.
 
-        Stored sums of whole responses stand at position 0, which no token's log-probability does: row sums are right.
+        The collator gives them by position where single ones are asked for. Else stored sums of whole responses stand
+        at position 0, which no token's log-probability does: row sums are right.
         """
         if "reference" not in inputs:
             if self.ref_model is None:

@@ -8,12 +8,12 @@ import torch
 from accelerate.utils import gather_object
 
 from alphatoken import direction as directions
-from alphatoken.architecture import scored_parameters
 from alphatoken.batching import Batch
 from alphatoken.in_run import InRun
 from alphatoken.schedule import ALL_PLAIN
 from alphatoken.suspects import TokenLosses
 from alphatoken.train_config import BY_LOSS, BY_VALUE
+from pipelines.moments import moment_states, without_bias
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +102,10 @@ class Refreshing(_Trainer):
 
     def _adam_scale(self) -> directions.Tensors | None:
         """What AdamW multiplies a gradient by, from the optimizer's own second moments; None before its first step."""
-        named = dict(self.model.named_parameters())
-        moments = {}
-        for name in scored_parameters(self.model, self.plan.options.parameters):
-            state = self.optimizer.state.get(named[name], {})
-            if "exp_avg_sq" not in state:
-                return None
-            beta = self.optimizer.param_groups[0]["betas"][1]
-            moments[name] = state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))
-        return directions.adam_scale(moments)
+        states = moment_states(self.model, self.optimizer, self.plan.options.parameters)
+        if states is None:
+            return None
+        return directions.adam_scale({name: without_bias(state, self.optimizer) for name, state in states.items()})
 
     def _with_drift(self, direction: directions.Tensors) -> directions.Tensors:
         """G + lambda D, both preconditioned alike."""

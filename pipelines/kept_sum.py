@@ -23,6 +23,7 @@ from pipelines.progress import Tick
 
 logger = logging.getLogger(__name__)
 
+ROWS_PER_TARGET = 10**12  # of 1,000 files
 SAVE_SECONDS = 60.0  # about what is lost at most, beside the block that was being computed
 
 Block = list[tuple[int, Any]]  # (row id, example)
@@ -30,11 +31,9 @@ Add = Callable[[list[Any], GradientSum], GradientSum]  # examples, and the sum s
 
 
 def open_parts(output: str, identity: dict, overwrite: bool) -> RunFolder:
-    """The folder for the parts of `output`; those of the same run are used whatever `overwrite` says. UserError where
-    another run's are there.
-    """
+    """The folder for the parts of `output`. UserError where another run's are there, unless `overwrite`."""
     folder = RunFolder(f"{output}.parts")
-    folder.open(identity, overwrite and not folder.is_of(identity))
+    folder.open(identity, overwrite)
     return folder
 
 
@@ -64,7 +63,7 @@ class KeptSums:
             logger.info("resuming: %d rows were already added up", total.num_rows)
             tick(what, total.num_rows)
         for block in islice(blocks, done, None):
-            total, killed = self._add_block(block, total, add, length_of)
+            total, killed = self._add_block(number, block, total, add, length_of)
             deadly |= killed
             done += 1
             if time.monotonic() - self.saved > SAVE_SECONDS:
@@ -72,9 +71,11 @@ class KeptSums:
         return total, deadly
 
     def _add_block(
-        self, block: Block, total: GradientSum, add: Add, length_of: Callable[[Any], int]
+        self, number: int, block: Block, total: GradientSum, add: Add, length_of: Callable[[Any], int]
     ) -> tuple[GradientSum, dict[int, str]]:
-        lengths = {row_id: length_of(example) for row_id, example in block}
+        # Row ids of every target begin at 0, and a note has the name of its first; a target has two sums.
+        first = number // 2 * ROWS_PER_TARGET
+        lengths = {first + row_id: length_of(example) for row_id, example in block}
         attempt = Attempt.at(self.folder.uri, lengths, self.batch_tokens)
         for indices in attempt.parts():
             total = add([block[index][1] for index in indices], total)

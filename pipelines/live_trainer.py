@@ -17,11 +17,11 @@ import torch
 from transformers import TrainerCallback
 
 from alphatoken import storage
-from alphatoken.architecture import scored_parameters
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import Schedule, Window
 from alphatoken.schema import BRANCHES, IGNORE_INDEX
 from pipelines.board import ask
+from pipelines.moments import moment_states, without_bias
 from pipelines.train_data import FILLER, Rows, RowsWithFillers
 from pipelines.trainers import MaskedDPOTrainer, MaskedSFTTrainer
 from pipelines.window_scorer import Snapshot
@@ -133,28 +133,23 @@ class _LiveTrainer(_Trainer):
             return
         started = time.monotonic()
         weights = _plain_weights(self.accelerator.unwrap_model(self.model), self.accelerator.get_state_dict(self.model))
+        moments = self._moments()
         if self.is_world_process_zero():
-            reference = ray.put(Snapshot(step, weights, self._moments()))
+            there = {name: without_bias(state, self.optimizer).cpu() for name, state in moments.items()}
+            reference = ray.put(Snapshot(step, weights, there))
             ask(self.live.board.publish.remote(step, [reference]))
         self.seconds["publish"] += time.monotonic() - started
 
-    def _moments(self) -> dict[str, torch.Tensor]:
-        """AdamW's second moments of the scored weights, without bias."""
+    def _moments(self) -> dict[str, dict]:
+        """The optimizer's states of the scored weights, with AdamW's second moments. UserError on every worker where
+        they have none.
+        """
         if not self.config.uses_moments or not self.state.global_step:  # nothing is valued before a step
             return {}
-        named = dict(self.model.named_parameters())
-        beta = self.optimizer.param_groups[0]["betas"][1]
-        states = {
-            name: self.optimizer.state[named[name]]
-            for name in scored_parameters(self.model, self.config.scored_parameters)
-        }
-        if not all("exp_avg_sq" in state for state in states.values()):
+        states = moment_states(self.model, self.optimizer, self.config.scored_parameters)
+        if states is None:
             logger.warning("every step so far was skipped, so the direction has no preconditioner yet")
-            return {}
-        return {
-            name: (state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))).cpu()
-            for name, state in states.items()
-        }
+        return states or {}
 
     def wait_for_next(self, step: int) -> None:
         """Before a checkpoint at `step`: a window that was valued with weights that are gone has to be on disk."""

@@ -18,12 +18,13 @@ import ray
 import ray.data
 
 from alphatoken import manifest as manifests
-from alphatoken import storage, tensor_file, token_classes
+from alphatoken import schema, storage, tensor_file, token_classes
 from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.model import fingerprint
 from alphatoken.pair_encode import check_pair_source, is_pair_data
+from alphatoken.readers import column_names
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import default_parameters
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
@@ -101,6 +102,7 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
         uses_reference = config.estimator == "excess_loss" or config.validation_objective == "dpo"
         if config.reference_model and not config.fisher and not uses_reference:
             raise UserError(STABILITY_NEEDS)
+    _check_kept(config, units, pairs)
     if config.reference_model:
         check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     if config.validation:
@@ -122,6 +124,24 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
             f"--parameters {parameters} needs a GPU that holds it whole. Give --parameters last-layers:K"
         )
     return parameters
+
+
+def _check_kept(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> None:
+    """Kept columns must not be columns of the output, which would then be theirs, and some file must have them."""
+    made = schema.SCORED_PAIRS if pairs else schema.SCORED
+    taken = {*made.names, *schema.TERMS} | {schema.ROW_ID.name, schema.ID.name}
+    for name in config.keep_columns:
+        if name in taken or name.startswith(("adaptation.", "mean_adaptation.")):
+            raise UserError(f"--keep-columns {name}: the output has a column of that name of its own; leave it out")
+    files = {unit.file_index: unit for unit in reversed(units)}.values()
+    missing = set(config.keep_columns)
+    for unit in files:
+        missing -= column_names(unit) if missing else set()
+    if missing:
+        raise UserError(
+            f"--keep-columns {' '.join(sorted(missing))}: the first row of no data file has such a column; the first "
+            f"has {', '.join(sorted(column_names(units[0])))}"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from alphatoken import schema
 from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder, row_id_runs
 from pipelines import metrics
-from pipelines.encode import ORIGIN
+from pipelines.encode import KEPT, ORIGIN
 
 
 def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = None) -> dict[str, list]:
@@ -21,6 +21,7 @@ def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = No
     block = block.sort_by("row_id")
     good = pc.is_null(block["reason"])
     data = block.filter(good).drop_columns([field.name for field in ORIGIN])
+    data = data.rename_columns([name.removeprefix(KEPT) for name in data.column_names])
     refused = block.filter(pc.invert(good))
     quarantine = refused.select(["row_id", "id", "source", "position", "reason"]).append_column(
         "stage", pa.array(["score" if n else "encode" for n in _had_tokens(refused)], pa.string())

@@ -116,14 +116,16 @@ def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
     """The output folder, ready for this run; None if the run has finished."""
     folder = RunFolder(storage.absolute(config.output))
     run_file = storage.join(folder.uri, "run.json")
-    if config.overwrite and storage.exists(run_file) and storage.read_json(run_file).get("stage") in STAGES:
+    identity = train_identity(config, plan)
+    replaces = config.overwrite and not (config.resume and folder.is_of(identity))
+    if replaces and storage.exists(run_file) and storage.read_json(run_file).get("stage") in STAGES:
         # Before run.json goes: without it, nobody knows whose files these are.
         storage.remove_file(storage.join(folder.uri, "manifest.json"))
         for name in OWN_FILES:
             storage.remove_file(storage.join(folder.uri, name))
         for name in OWN_FOLDERS:
             storage.remove_tree(storage.join(folder.uri, name))
-    state = folder.open(train_identity(config, plan), config.overwrite)
+    state = folder.open(identity, config.overwrite)
     check_resume(config, folder, state)
     return None if state == "finished" else folder
 
@@ -136,7 +138,7 @@ def train_identity(config: TrainConfig, plan: TrainPlan) -> dict:
 
 def check_resume(config: TrainConfig, folder: RunFolder, state: str) -> None:
     """UserError where the run was cut off and is not to go on."""
-    if state == "resume" and not config.resume:
+    if state == "resume" and not config.resume and not config.overwrite:
         raise UserError(f"{folder.uri} holds this run, cut off; --resume goes on with it, --overwrite starts again")
 
 

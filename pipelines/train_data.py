@@ -134,6 +134,7 @@ class DPOCollator:
 
     input_ids, attention_mask, completion_mask, kept_mask (2B, T); real_pairs (B,) bool; with `reference` also
     ref_chosen_logps, ref_rejected_logps (B,), from columns with a sum over the whole response or one number per token.
+    Where a log-ratio covers kept tokens alone and masks are still to be made, also reference (2B, T), by position.
     """
 
     pad_token_id: int
@@ -164,6 +165,9 @@ class DPOCollator:
             for side in ("chosen", "rejected"):
                 found = [self._reference(row, side) for row in rows]
                 batch[f"ref_{side}_logps"] = torch.tensor(found, dtype=torch.float64)  # sums over long responses
+            if self.dpo_mask == "ratio" and not self.use_masks:
+                placed = [self._by_position(row, side) for side in ("chosen", "rejected") for row in rows]
+                batch["reference"] = _pad(placed, 0.0)
         return batch
 
     def _reference(self, row: dict[str, Any], side: str) -> float:
@@ -176,6 +180,12 @@ class DPOCollator:
         left = None if self.max_length is None else max(self.max_length - len(row["prompt_ids"]), 0)
         mask = row[f"{side}_mask"] if self.use_masks and self.dpo_mask == "ratio" else [True] * len(stored)
         return float(sum(value for value, keep in zip(stored[:left], mask, strict=False) if keep))
+
+    def _by_position(self, row: dict[str, Any], side: str) -> torch.Tensor:
+        """The reference's log-probability of each response token where it stands, zero elsewhere."""
+        stored = row.get(f"{side}_ref_logprobs", row[f"ref_{side}_logps"])
+        placed = torch.tensor([0.0] * len(row["prompt_ids"]) + stored, dtype=torch.float64)[: self.max_length]
+        return torch.zeros_like(placed) if row.get("filler") else placed
 
 
 def _pad(rows: list[torch.Tensor], value: float | bool) -> torch.Tensor:

@@ -36,6 +36,17 @@ def pair_sums(model: nn.Module, row: dict) -> dict[str, tuple[torch.Tensor, torc
     return found
 
 
+def reference_columns(reference: nn.Module, row: dict) -> dict[str, float | list[float]]:
+    """Of a pair, as `score` stores them: the log-probability of each response token, and their sum."""
+    found: dict[str, float | list[float]] = {}
+    for side in SIDES:
+        prompt = row["prompt_ids"]
+        with torch.no_grad():
+            each = logprobs(reference, prompt + row[f"{side}_ids"])[len(prompt) :].tolist()
+        found |= {f"{side}_ref_logprobs": each, f"ref_{side}_logps": sum(each)}
+    return found
+
+
 def dpo_gradient(
     model: nn.Module, reference: nn.Module, rows: list[dict], beta: float, mode: str
 ) -> list[torch.Tensor]:

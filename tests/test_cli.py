@@ -78,6 +78,8 @@ def test_errors_are_sentences(capsys, tmp_path):
     assert "--output: expected one argument" in refused(["--input", "a", "--output"], capsys)[0]
     score = ["--output", "o", "--model", "m", "--data", "a"]
     assert "give either --validation" in refused(score, capsys, ScoreConfig)[0]
+    made = [*score, "--direction", "g.safetensors", "--class-weights", "digits=0", "--normalization", "sequence"]
+    assert "--class-weights, --normalization: how a direction is made" in refused(made, capsys, ScoreConfig)[0]
     assert "last-layers:K" in refused([*score, "--parameters", "q"], capsys, ScoreConfig)[0]
     assert "--columns prompt: give it as KEY=VALUE" in refused([*score, "--columns", "prompt"], capsys, ScoreConfig)[0]
     assert "unknown option stray" in refused([*GIVEN, "stray"], capsys)[0]

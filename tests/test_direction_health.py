@@ -10,8 +10,10 @@ from alphatoken import direction
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
 from alphatoken.direction_health import ClassShare, agreement, class_shares, concerns
+from alphatoken.hidden_tangent import NoForwardMode
 from alphatoken.model import prepare_model
 from alphatoken.token_classes import TOKEN_CLASS_NAMES
+from pipelines.direction_checks import tried
 
 PARAMETERS = "last-layers:2"
 
@@ -77,3 +79,39 @@ def test_concerns_name_what_is_wrong():
     assert "60% of the validation direction comes from end-of-turn tokens, which are 5%" in text
     (text,) = concerns(fair, 0.3, 20)
     assert "two halves of the 20 validation rows" in text and "0.30" in text
+
+
+def test_a_model_without_forward_mode_is_checked_by_central_difference():
+    scoring = prepare_model(tiny_model("bloom"))
+    batches = [make_batch(*random_rows(seed=4, count=3))]
+    class_of = torch.arange(VOCABULARY) % len(TOKEN_CLASS_NAMES)
+    found = direction.mean_gradient(scoring, batches, direction.GradientOptions(PARAMETERS))
+    asked = []
+
+    def measure(method):
+        asked.append(method)
+        return class_shares(scoring, PARAMETERS, found.tensors, batches, class_of, method=method), 0.5
+
+    shares, agreed = tried(measure, torch.float32)
+    assert asked == ["forward", "central"] and agreed == 0.5
+    assert sum(share.direction for share in shares.values()) == pytest.approx(1)
+    assert tried(measure, torch.bfloat16) == ({}, None)  # a step would be rounded away
+    assert asked[2:] == ["forward"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), IndexError("position 1024"), NoForwardMode("gelu")])
+def test_a_direction_is_not_lost_to_its_check(error, caplog):
+    def measure(method):
+        raise error
+
+    assert tried(measure, torch.float32) == ({}, None)
+    assert f"the direction was not checked: {error}" in caplog.text
+
+
+def test_shares_of_rows_without_any_weight_are_numbers():
+    model = tiny_model("llama")
+    scoring, batches = prepare_model(model), [make_batch(*random_rows(seed=4, count=2))]
+    tensors = {name: torch.ones_like(p) for name, p in scored_parameters(model, PARAMETERS).items()}
+    class_of, nothing = torch.zeros(VOCABULARY, dtype=torch.int8), torch.zeros(VOCABULARY)
+    shares = class_shares(scoring, PARAMETERS, tensors, batches, class_of, nothing)
+    assert {share.direction for share in shares.values()} == {0.0}

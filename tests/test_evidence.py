@@ -212,9 +212,9 @@ def test_two_results_of_the_same_runs_are_compared_by_rule(tmp_path) -> None:
     lines = again.again(tmp_path / "first").splitlines()
     assert lines[0] == "5 runs in 3 minutes, 2 cores (a CPU)."
     assert lines[4:] == [
-        "| mixed | full | 2 | 1.500 | 1.500 | 0.0000 |  |  |",
-        "| mixed | rule | 2 | 1.400 | 1.405 | 0.0100 | -0.1000 ± 0.0000 | -0.0950 ± 0.0635 |",
-        "| preference | full | 1 | 0.500 | 0.500 | 0.0000 |  |  |",
+        "| mixed | full | 2 | 1.500 | 1.500 | 0e+00 |  |  |",
+        "| mixed | rule | 2 | 1.400 | 1.405 | 1e-02 | -0.1000 ± 0.0000 | -0.0950 ± 0.0635 |",
+        "| preference | full | 1 | 0.500 | 0.500 | 0e+00 |  |  |",
     ]
 
 

@@ -15,6 +15,7 @@ from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact, choose_method
 from alphatoken.model import load_model, prepare_model
+from alphatoken.values import Targets
 
 FORWARD, CENTRAL = 1e-5, 1e-2
 
@@ -39,6 +40,33 @@ def test_equals_one_backward_per_token(architecture, method, parameters):
     assert relative_error(values.stability, exact_values(oracle, rows, drift)) < tolerance
     expected = torch.cat([token_losses(oracle, *row).detach() for row in zip(*rows, strict=True)])
     torch.testing.assert_close(-values.logprobs.double(), expected, rtol=0, atol=1e-5 if method == "forward" else 1e-3)
+
+
+@pytest.mark.parametrize("method", ["forward", "central", "targets"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_the_padding_token_moves_as_it_does_in_training(architecture, method):
+    """Autograd gives it no gradient as input, but one as a target of a tied head: it may be the end of a turn."""
+    model = tiny_model(architecture)
+    oracle = double(model)
+    ids, masks = random_rows(seed=7, count=4)
+    rows = [[0 if i % 3 == 1 else token for i, token in enumerate(row)] for row in ids], masks
+    direction = random_direction(model, "all")
+    assert model.get_input_embeddings().padding_idx == 0
+    along = Targets({"one": direction, "two": random_direction(model, "all", 2)}) if method == "targets" else direction
+    how = "forward" if method == "targets" else method
+    found = Exact(prepare_model(model), "all", along, method=how)(make_batch(*rows))
+    values = found.terms["adaptation.one"] if method == "targets" else found.adaptation
+    assert relative_error(values, exact_values(oracle, rows, direction)) < (CENTRAL if how == "central" else FORWARD)
+
+
+@pytest.mark.parametrize("method", ["forward", "central"])
+def test_stability_has_no_part_of_a_head_without_drift(method):
+    model = tiny_model("llama")
+    oracle, rows = double(model), random_rows(seed=5, count=3)
+    drift = random_direction(model, "all-linear", 2)
+    values = Exact(prepare_model(model), "all", random_direction(model, "all"), drift, method)(make_batch(*rows))
+    tolerance = FORWARD if method == "forward" else CENTRAL
+    assert relative_error(values.stability, exact_values(oracle, rows, drift)) < tolerance
 
 
 def exact_of(model, parameters, direction, rows, method):

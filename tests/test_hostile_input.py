@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import errno
 import gzip
 import itertools
 import json
@@ -29,6 +30,7 @@ from alphatoken.prompts import PromptReader
 from alphatoken.run_folder import RunFolder
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, plan_units, read_unit
 from pipelines.encode import EncodePlan, encode_row, pair_columns, prompt_columns, row_columns
+from pipelines.generate import prompt_request
 from pipelines.shards import write_block
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -117,7 +119,7 @@ def test_parquet_files_of_other_types(tmp_path):
         pq.write_table(table, tmp_path / f"{number}.parquet")
     table = encoded(read(str(tmp_path)), keep=("kept",))
     assert [reason is None for reason in table["reason"].to_pylist()] == [True, *[False] * 6]
-    assert table["kept"].to_pylist()[:4] == ["a", "1", None, '{"x": [null]}']
+    assert table["kept: kept"].to_pylist()[:4] == ["a", "1", None, '{"x": [null]}']
 
 
 def test_parquet_values_that_python_cannot_hold_cost_their_row_only(tmp_path):
@@ -244,6 +246,9 @@ def test_the_id_may_be_in_a_renamed_column():
     renamed = row_columns(stages(columns={"id": "uid"})["rows"])
     record = encode_row(SourceRow(0, "a.jsonl", 0, {**GOOD, "uid": 5}, None), renamed)
     assert (record["id"], record["reason"]) == ("5", None)
+    row = SourceRow(0, "a.jsonl", 0, {"prompt": "Hi", "uid": 5}, None)
+    request = prompt_request(row, stages(columns={"id": "uid"})["prompts"], "uid")
+    assert json.loads(request["carried"])["id"] == "5"
 
 
 # Storage of the input
@@ -310,6 +315,25 @@ def test_a_remote_that_stays_away_is_no_damaged_file(remote):
     remote.errors.extend(TimeoutError("too slow") for _ in range(20))
     with pytest.raises(UserError, match=r"a.jsonl cannot be read \(too slow\).*it resumes"):
         list(read_unit(unit))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "error", [PermissionError("token expired"), FileNotFoundError("a"), OSError(errno.EACCES, "denied")], ids=repr
+)
+def test_a_remote_that_refuses_midway_ends_the_run_and_no_row_is_lost(remote, name, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BUFFER_BYTES", 1000)
+    rows = [{**GOOD, "id": random.Random(number).randbytes(100).hex()} for number in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=250)
+    content = {"a.jsonl": lines(*rows), "a.jsonl.gz": gzip.compress(lines(*rows), compresslevel=0)}
+    remote.pipe_file(f"/{name}", content.get(name, (tmp_path / "a.parquet").read_bytes()))
+    (unit,) = plan_units([f"remote://{name}"])
+    iterator = read_unit(unit)
+    found = [next(iterator)]
+    remote.errors.append(error)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(.*\).*it resumes"):
+        found.extend(iterator)
+    assert not any(row.error for row in found)
 
 
 # Rows

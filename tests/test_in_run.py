@@ -111,8 +111,17 @@ def test_the_direction_is_that_of_a_frozen_copy_and_weights_stay_trainable():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in in_run.scoring.model.parameters())
 
 
-def test_dropout_is_off():
-    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),  # modules
+        ("qwen2", {"model_type": "starcoder2", "residual_dropout": 0.5, "embedding_dropout": 0.5}),  # numbers
+    ],
+)
+def test_dropout_is_off(architecture, options):
+    model = tiny_model(architecture, **options).train()
+    plain = [model(batch_of(1).input_ids).logits for _ in range(2)]
+    assert not torch.equal(*plain)
     in_run = InRun(model, "value_propagation", "last-layers:1")
     losses = [in_run.forward(batch_of(1)).losses for _ in range(2)]
     torch.testing.assert_close(*losses, rtol=0, atol=0)

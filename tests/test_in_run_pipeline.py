@@ -86,6 +86,7 @@ def test_settings_that_do_not_fit_together():
         ({"in_run": True, "validation": ["v"], "gradient_checkpointing": True}, "reads activations"),
         ({"in_run": True, "validation": ["v"], "parameters": "all"}, "scores linear weights"),
         ({"data": ["a", "b"]}, "takes one folder"),
+        ({"in_run": True, "validation": ["v"], "preconditioner": "adam", "optimizer": "sgd"}, "needs an AdamW optim"),
         ({"in_run": True, "validation": ["v"], "rule": "none"}, "train without --in-run"),
         ({"in_run": True, "validation": ["v"], "objective": "dpo", "rule": "suspect"}, "is for --objective sft"),
         ({"in_run": True, "validation": ["v"], "rule": "surprising", "fisher": "f"}, "--fisher would not matter"),

@@ -12,12 +12,14 @@ from trl import DPOConfig, SFTConfig
 
 from alphatoken.batching import Batch, make_batch
 from alphatoken.direction import GradientOptions, adam_scale, drift, mean_gradient
+from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import prepare_model
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
 from pipelines.in_run_refresh import InRunPlan
+from pipelines.moments import moment_states
 from pipelines.train_data import DPOCollator, SFTCollator
 from tests import hand_written
 from tests.masked_folder import SIDES, pair_rows, sft_rows
@@ -148,9 +150,10 @@ def test_sft_step_within_bounds(tmp_path, monkeypatch, rule, batch, accumulation
 
 
 @pytest.mark.parametrize("mode", ["loss", "ratio"])
-@pytest.mark.parametrize(("batch", "accumulation"), [(6, 1), (2, 3)])
+@pytest.mark.parametrize(("batch", "accumulation", "stored"), [(6, 1, False), (2, 3, False), (6, 1, True)])
 @pytest.mark.parametrize("estimator", ["value_propagation", "exact"])
-def test_dpo_step(tmp_path, estimator, batch, accumulation, mode):
+def test_dpo_step(tmp_path, estimator, batch, accumulation, stored, mode):
+    """stored: the reference's log-probabilities come with the rows, one for each token."""
     model, reference = small_model(), small_model(seed=1)
     rows = pair_rows(6)
     for side in SIDES:  # values with DPO's sign and weight, and a threshold of its own
@@ -169,18 +172,21 @@ def test_dpo_step(tmp_path, estimator, batch, accumulation, mode):
     masked = [row | {f"{side}_mask": row[f"new_{side}_mask"] for side in SIDES} for row in rows]
     expected = hand_written.dpo_gradient(copy.deepcopy(model), reference, masked, BETA, mode)
     given = [{name: row[name] for name in row if not name.startswith("new_")} for row in rows]
+    if stored:
+        given = [row | hand_written.reference_columns(reference, row) for row in given]
     trainer = InRunDPOTrainer(
         model,
-        ref_model=reference,
+        ref_model=None if stored else reference,
         args=DPOConfig(
             **options(
-                tmp_path, beta=BETA, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+                tmp_path, beta=BETA, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+                precompute_ref_log_probs=stored,
             )
         ),
         train_dataset=datasets.Dataset.from_list(given),
         eval_dataset=datasets.Dataset.from_list(given),
         processing_class=TOKENIZER,
-        data_collator=DPOCollator(PAD, None, False, mode, use_masks=False),
+        data_collator=DPOCollator(PAD, None, stored, mode, use_masks=False),
         dpo_mask=mode,
         plan=plan_of(estimator),
     )
@@ -226,6 +232,19 @@ def test_adam_preconditioner_is_the_optimizer_s_own(tmp_path):
     scale = adam_scale(moments)
     for name, tensor in direction.items():
         torch.testing.assert_close(tensor, expected[name] * scale[name], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_optimizer_without_second_moments_is_refused(momentum):
+    """Nothing could be valued: every token would be trained on, however long the run."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=momentum)
+    assert moment_states(model, optimizer, "last-layers:1") is None
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    if momentum:
+        with pytest.raises(UserError, match="this one keeps momentum_buffer: give --optimizer adamw_torch_fused or"):
+            moment_states(model, optimizer, "last-layers:1")
 
 
 def record_directions(trainer, beside) -> list[tuple]:

@@ -21,7 +21,7 @@ from alphatoken.model import load_model
 from alphatoken.run_folder import RunFolder
 from pipelines import direction, fisher, generate, kept_sum, validation_rows
 from pipelines.engines import ANSWERS
-from pipelines.poison import DIED
+from pipelines.poison import DIED, Attempt
 from pipelines.refused import quarantine_uri
 
 ROWS = 23
@@ -166,6 +166,29 @@ def test_a_row_that_kills_is_put_aside(scoring, config, tmp_path, monkeypatch):
     aside = {row["row_id"]: row["reason"] for row in pq.read_table(quarantine_uri(config.output)).to_pylist()}
     assert set(aside) == deadly | {5} and all(aside[row].startswith(DIED) for row in deadly)
     assert tensor_file.read_provenance(config.output, "direction").options["num_refused"] == 3
+
+
+def test_targets_have_notes_of_their_own(scoring, config, tmp_path, monkeypatch):
+    """Row ids of both begin at 0: what was noted of one target's row must not be taken for the other's."""
+    both = {f"{name}={config.validation[0]}" for name in ("math", "code")}
+    several = config.model_copy(update={"validation": sorted(both)})
+    seen: list[str] = []
+    monkeypatch.setattr(kept_sum, "Attempt", Noted.into(seen))
+    make(scoring, several)
+    assert len(seen) == len(set(seen)) > 4
+
+
+class Noted(Attempt):
+    """Keeps the names of its notes."""
+
+    @classmethod
+    def into(cls, seen: list[str]) -> type:
+        class Seen(cls):
+            def parts(self):
+                seen.append(self.uri)
+                return super().parts()
+
+        return Seen
 
 
 def test_the_same_command_again_changes_nothing_and_another_is_refused(scoring, config):

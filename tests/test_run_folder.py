@@ -103,6 +103,11 @@ def test_another_run_is_refused_by_name_and_replaced_on_demand(folder):
     assert names(folder, "data") == names(folder, "quarantine") == names(folder, "commits") == []
     assert storage.read_bytes(storage.join(folder.uri, "notes.txt")) == b"mine"
     assert folder.open(other) == "resume"
+    folder.write_shard(rows(1), None, record(1))
+    assert folder.open(other, overwrite=True) == "resume"  # a job that is started again must not lose its work
+    storage.write_json({}, storage.join(folder.uri, "manifest.json"))
+    assert folder.open(other, overwrite=True) == "finished"
+    assert len(storage.list_shards(folder.uri)) == 1
 
 
 def test_a_run_that_wrote_no_shard_is_in_nobody_s_way(folder):

@@ -44,6 +44,7 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
         {
             "id": f"row-{seed}-{i}",
             "topic": i % 3,
+            "source": f"book {i % 2}",
             "messages": [
                 {"role": "user", "content": sentence(12)},
                 {"role": "assistant", "content": sentence(20)},
@@ -70,7 +71,7 @@ def files(tmp_path_factory):
 def scored(tiny_checkpoint, files, tmp_path_factory):
     """(configuration, manifest) of one finished run that several tests look at."""
     output = tmp_path_factory.mktemp("runs") / "scored"
-    config = configuration(tiny_checkpoint, files, output, method="forward", keep_columns=["topic"])
+    config = configuration(tiny_checkpoint, files, output, method="forward", keep_columns=["topic", "source"])
     return config, run_score(config)
 
 
@@ -114,6 +115,7 @@ def test_exact_values_are_the_library_s_row_by_row(scored, files):
     assert len(found) == 60
     assert_library_values(config, found, every=3)
     assert {row["topic"] for row in found.values()} == {"0", "1", "2"}
+    assert {row["source"] for row in found.values()} == {"book 0", "book 1"}
 
 
 def test_value_propagation_with_two_actors_and_other_batches(tiny_checkpoint, files, tmp_path):
@@ -275,6 +277,8 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(scored):
         ({"parameters": "last-layers:99"}, "only 4"),
         ({"class_weights": {"vowels": 0.0}}, "vowels"),
         ({"direction": "nowhere.safetensors", "validation": []}, "nowhere.safetensors"),
+        ({"keep_columns": ["topic", "mean_loss"]}, "--keep-columns mean_loss: the output has a column of that name"),
+        ({"keep_columns": ["topik"]}, "--keep-columns topik: the first row of no data file .* has id, messages, sou"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(tiny_checkpoint, files, tmp_path, changes, message):

@@ -210,6 +210,10 @@ def test_folder_that_alphatoken_wrote(tmp_path, mark):
     write_parquet(tmp_path / "data" / "train-00000.parquet", rows(0))
     write_parquet(tmp_path / mark, rows(1))
     write(tmp_path / "run.json", b"{}")
+    if mark != "manifest.json":
+        with pytest.raises(UserError, match="has no manifest.json: the job that writes it has not finished"):
+            read_all(str(tmp_path))
+        write(tmp_path / "manifest.json", b"{}")
     assert [row.data for row in read_all(str(tmp_path))] == rows(0)
 
 

@@ -263,7 +263,7 @@ def main() -> None:
         work.detect()
     if "answers" in parts:
         work.answer()
-    seeds = arguments.seeds or range(3 if arguments.full else 1)
+    seeds = arguments.seeds or range(1, 4 if arguments.full else 2)  # their trial runs had seed 0
     named = {} if arguments.full else SHORT_RULES
     if "forgetting" in parts:
         work.forget(seeds, arguments.rules or named.get("forgetting"), sized(Forgetting(), size))

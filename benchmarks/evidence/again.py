@@ -30,6 +30,7 @@ def compare(first: Path, again: Path) -> None:
             {"set": name, "rule": rule, "seed": seed, "first": both[0][name, rule][seed], "again": loss}
             for (name, rule), of_rule in sorted(both[1].items())
             for seed, loss in sorted(of_rule.items())
+            if seed in both[0].get((name, rule), {})
         ],
     }
     (first / FILE).write_text(json.dumps(found, indent=1) + "\n")
@@ -66,4 +67,4 @@ def _rows(losses: list[dict]) -> Iterator[list[str]]:
         apart = max(abs(a - pair[1][seed]) for seed, a in pair[0].items())
         minus = ["" if rule == FULL.name else difference(paired(of_rule[name, rule], of_rule[name, FULL.name]))
                  for of_rule in both.values()]  # fmt: skip
-        yield [name, rule, str(len(pair[0])), *map(mean, pair), f"{apart:.4f}", *minus]
+        yield [name, rule, str(len(pair[0])), *map(mean, pair), f"{apart:.0e}", *minus]
