@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 import re
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 
 from alphatoken.errors import UserError
 
 LOCAL_CPUS = 4  # logical: Ray Data needs a few slots for its stages to overlap, also on a small machine
+
+SLOTS = 3  # for tasks that read, encode and write beside the actors
 
 MANY_DEATHS = 100  # of processes at the same work: notes lead the next one to the row (pipelines/poison.py)
 
@@ -35,6 +39,26 @@ def connect(num_cpus: int | None = None) -> None:
         else:
             _start_local(num_cpus or max(os.cpu_count() or 1, LOCAL_CPUS))
     _quiet_ray_data()
+
+
+def room_for(actors: int, cpus: float) -> int:
+    """Logical CPUs of a private Ray in which so many actors and the tasks beside them run at once."""
+    return max(os.cpu_count() or 1, LOCAL_CPUS, math.ceil(actors * cpus) + SLOTS)
+
+
+def check_gpus(option: str, number: int, each: float, taken: float = 0) -> None:
+    """UserError where so many actors never fit, on a machine of its own: they would wait for ever. A cluster may grow.
+
+    taken: GPUs that others hold at the same time.
+    """
+    if os.environ.get("RAY_ADDRESS") or not each:
+        return
+    there = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else torch.cuda.device_count()
+    if number * each > there - taken:
+        raise UserError(
+            f"{option} {number} needs {number * each:g} GPUs, there are {max(0, there - taken):g} here for it; give "
+            f"fewer, or less than {each:g} GPUs to each"
+        )
 
 
 def _start_local(num_cpus: int) -> None:
@@ -108,7 +132,6 @@ def actor_pool(low: int, high: int, ahead: bool | None = None) -> Any:
 
 def prepare_worker(threads: int) -> None:
     """What a process does first that is about to load a model."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(threads)

@@ -33,7 +33,7 @@ from pipelines.fisher import ANY_LENGTH, check_fisher
 from pipelines.generate import check_generate, generate_identity
 from pipelines.live_values import data_options
 from pipelines.pair import check_pair
-from pipelines.rounds import make_schedule
+from pipelines.rounds import check_room, make_schedule
 from pipelines.score import check_inputs, input_fingerprints, score_identity
 from pipelines.train import Training, check_resume, train_identity
 from pipelines.train_checks import TrainPlan, check_resources, check_train
@@ -189,6 +189,8 @@ def _train(config: TrainConfig) -> Found:
     plan = check_train(config, load_models=False)
     cpus = max(os.cpu_count() or 1, LOCAL_CPUS)
     in_rounds = isinstance(config, RoundsConfig)  # whose private Ray is made as large as it needs
+    if isinstance(config, RoundsConfig):
+        check_room(config)
     check_resources(config, {"CPU": float("inf") if in_rounds else cpus, "GPU": torch.cuda.device_count()})
     if config.trains_on_files:
         facts, rows = _training_files(config)

@@ -33,6 +33,7 @@ ORIGIN = [
 ]
 
 
+LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm", "biogpt"}  # a longer row fails, on GPUs all do
 KEPT = "kept: "  # before the names of kept columns while they travel: an input may have a column called `source`
 
 ENCODED_AS = {"rows": schema.ENCODED, "pairs": schema.ENCODED_PAIRS, "prompts": schema.ENCODED_PROMPTS}
@@ -57,9 +58,14 @@ class EncodePlan:
 
 
 def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
-    """The encoder of a model's tokenizer; its configuration alone is read, not its weights."""
-    config = load_config(base_of(model), trust_remote_code)
-    return Encoder(load_tokenizer(model, trust_remote_code), options, config.get_text_config().vocab_size)
+    """The encoder of a model's tokenizer; its configuration alone is read, not its weights.
+
+    Rows are cut at `options.max_length`, and at the positions that a model has learned where those are fewer.
+    """
+    config = load_config(base_of(model), trust_remote_code).get_text_config()
+    if config.model_type in LEARNED_POSITIONS and options.max_length > config.max_position_embeddings:
+        options = options.model_copy(update={"max_length": config.max_position_embeddings})
+    return Encoder(load_tokenizer(model, trust_remote_code), options, config.vocab_size)
 
 
 def encoded_dataset(units: list[ReadUnit], plan: EncodePlan, block_bytes: int) -> ray.data.Dataset:

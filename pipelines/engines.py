@@ -24,7 +24,7 @@ from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
-from pipelines.cluster import actor_pool, prepare_worker, torch_threads
+from pipelines.cluster import actor_pool, check_gpus, prepare_worker, room_for, torch_threads
 from pipelines.poison import Attempt
 
 LOGICAL_CPUS = 8  # of a private Ray: the engine and the stages around it need a slot each
@@ -69,9 +69,15 @@ def make_plan(model: str, dtype: str, config: Any, context: int, sampling: Sampl
     """The plan for a model, with the engine options of a stage's configuration."""
     options = EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields)))
     trusted = config.trust_remote_code
+    check_gpus("--replicas", options.replica_range[0], options.gpus_per_replica * options.tensor_parallel)
     return EnginePlan(
         model, dtype, trusted, context, config.batch_tokens, options, sampling, end_ids(model, trusted)
     )
+
+
+def engine_room(options: EngineOptions) -> int:
+    """Logical CPUs of a private Ray."""
+    return max(LOGICAL_CPUS, room_for(options.replica_range[1] * options.tensor_parallel, options.cpus_per_replica))
 
 
 def choose_engine(options: EngineOptions) -> str:

@@ -35,7 +35,7 @@ from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import one_accelerator
 from pipelines.encode import make_encoder
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
+from pipelines.engines import REQUESTS, EnginePlan, answered, choose_engine, engine_room, make_plan, sample_seed
 from pipelines.generate import model_fingerprint, prompt_request, write_responses
 from pipelines.kept_sum import Block, KeptSums, open_parts
 from pipelines.progress import Phase, Tally, counted, following, tick_of
@@ -55,7 +55,7 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
     """
     plan = check_fisher(config)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
-    connect(LOGICAL_CPUS)
+    connect(engine_room(config))
     with user_errors():
         run = _run_of(config, ray.get(model_fingerprint.remote(config.model, config.trust_remote_code)))
         if there := tensor_file.finished(config.output, "fisher", run, config.overwrite):

@@ -38,7 +38,7 @@ from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
 from pipelines.encode import row_name, unfinished
-from pipelines.engines import LOGICAL_CPUS, REQUESTS, EnginePlan, answered, choose_engine, make_plan, sample_seed
+from pipelines.engines import REQUESTS, EnginePlan, answered, choose_engine, engine_room, make_plan, sample_seed
 from pipelines.shards import total_counts
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     plan = check_generate(config, units)
     engine = choose_engine(config)
     folder = RunFolder(storage.absolute(config.output))
-    connect(LOGICAL_CPUS)
+    connect(engine_room(config))
     with user_errors():
         model = ray.get(model_fingerprint.remote(config.model, config.trust_remote_code))
         fingerprints = {"model": model, "data": data_fingerprint(units)}

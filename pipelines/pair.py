@@ -23,7 +23,7 @@ from alphatoken.tokenizer import load_tokenizer
 from alphatoken.verifiers import load_verifier
 from pipelines import judges, metrics
 from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
-from pipelines.engines import LOGICAL_CPUS, choose_engine
+from pipelines.engines import choose_engine, engine_room
 from pipelines.judges import Group
 from pipelines.llm_judge import judged_by_llm
 from pipelines.pair_shards import read_groups, write_pairs
@@ -52,7 +52,7 @@ def run_pair(config: PairConfig, progress: Progress | None = None) -> dict:
     if folder.open(identity, config.overwrite) == "finished":
         logger.info("%s is already finished", folder.uri)
         return folder.manifest()
-    connect(LOGICAL_CPUS)
+    connect(engine_room(config))
     with user_errors():
         _pair_shards(storage.list_shards(storage.absolute(config.input)), config, generated, folder, progress)
     counts = total_counts(folder, "no pair could be made")

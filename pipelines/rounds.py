@@ -30,7 +30,7 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import ALL_PLAIN, Schedule, Window
 from alphatoken.train_config import BY_LOSS, BY_VALUE
 from pipelines.board import Board, ask
-from pipelines.cluster import torch_threads, user_errors
+from pipelines.cluster import check_gpus, torch_threads, user_errors
 from pipelines.live_trainer import Live
 from pipelines.train import Progress, Training, begin, finish, finished_manifest, fit
 from pipelines.window_files import finished_windows, write_window
@@ -49,6 +49,7 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
 
     Raises UserError and TrainingFailedError as `run_train` does.
     """
+    check_room(config)
     training = begin(config, num_cpus=_logical_cpus(config))
     if training is None:
         return finished_manifest(config)
@@ -60,6 +61,11 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
         result = fit(training, progress, Live(board, schedule))
     windows = finished_windows(training.output, schedule)
     return finish(training, result, {"rounds": _summary(schedule, windows, stages, result.return_value["seconds"])})
+
+
+def check_room(config: RoundsConfig) -> None:
+    """UserError where workers and actors do not fit at the same time."""
+    check_gpus("--num-actors", config.num_actors, config.gpus_per_actor, config.num_workers * config.gpus_per_worker)
 
 
 def warn_of_nothing(config: RoundsConfig, schedule: Schedule) -> None:

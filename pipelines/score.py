@@ -31,7 +31,16 @@ from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_unit
 from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
-from pipelines.cluster import MANY_DEATHS, actor_pool, connect, prepare_worker, torch_threads, user_errors
+from pipelines.cluster import (
+    MANY_DEATHS,
+    actor_pool,
+    check_gpus,
+    connect,
+    prepare_worker,
+    room_for,
+    torch_threads,
+    user_errors,
+)
 from pipelines.direction import check_validation, load_reference, make_direction
 from pipelines.direction_checks import tell
 from pipelines.direction_identity import direction_identity, validation_fingerprint
@@ -64,7 +73,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
     pairs = is_pair_data(config.objective, units, config.columns)
     parameters = check_inputs(config, units, pairs)
     folder = RunFolder(storage.absolute(config.output))
-    connect()
+    connect(room_for(config.actor_range[1], config.cpus_per_actor))
     with user_errors():
         prepared = _prepare(config, parameters, pairs, folder, preparing)
         if prepared.state == "finished":
@@ -94,6 +103,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
 
 def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:
     """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
+    check_gpus("--num-actors", config.actor_range[0], config.gpus_per_actor)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if pairs:
         check_pair_source(units, config)

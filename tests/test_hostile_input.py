@@ -20,6 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from alphatoken import readers, retries
 from alphatoken.config import DataOptions
@@ -29,7 +30,7 @@ from alphatoken.pair_encode import PairEncoder
 from alphatoken.prompts import PromptReader
 from alphatoken.run_folder import RunFolder
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, plan_units, read_unit
-from pipelines.encode import EncodePlan, encode_row, pair_columns, prompt_columns, row_columns
+from pipelines.encode import EncodePlan, encode_row, make_encoder, pair_columns, prompt_columns, row_columns
 from pipelines.generate import prompt_request
 from pipelines.shards import write_block
 
@@ -249,6 +250,15 @@ def test_the_id_may_be_in_a_renamed_column():
     row = SourceRow(0, "a.jsonl", 0, {"prompt": "Hi", "uid": 5}, None)
     request = prompt_request(row, stages(columns={"id": "uid"})["prompts"], "uid")
     assert json.loads(request["carried"])["id"] == "5"
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("gpt2", 16), ("llama", 300)])
+def test_rows_are_cut_at_learned_positions(kind, longest, monkeypatch):
+    model = CONFIG_MAPPING[kind](max_position_embeddings=16, vocab_size=300)
+    monkeypatch.setattr("pipelines.encode.load_config", lambda *_: model)
+    monkeypatch.setattr("pipelines.encode.load_tokenizer", lambda *_: tiny.byte_level(tiny.CHATML))
+    encoded = make_encoder("m", DataOptions(max_length=300)).encode({"prompt": "a" * 9, "completion": "b" * 400})
+    assert len(encoded.input_ids) == longest and encoded.truncated
 
 
 # Storage of the input
