@@ -4,11 +4,13 @@ One Ray task per shard, one output shard per input shard, under the same name; a
 actors, one that is an LLM behind an engine. Prompts without a pair are set aside with the reason, and counted.
 """
 
+import inspect
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray.data
@@ -73,22 +75,27 @@ def check_pair(config: PairConfig) -> tuple[dict, dict]:
         raise UserError(f"--output {config.output} is the input folder; give another one")
     generated = manifest_of(source, "generate", "--input")
     storage.list_shards(source)
-    _check_judge(config)
+    text = _check_judge(config)
     fingerprints = {**generated["fingerprints"], "generated_manifest": manifests.fingerprint(generated)}
+    fingerprints |= {"judge": manifests.fingerprint(text)} if text else {}
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"input": source}
     return generated, {"stage": "pair", "config": settings, "fingerprints": fingerprints}
 
 
-def _check_judge(config: PairConfig) -> None:
+def _check_judge(config: PairConfig) -> str | None:
+    """What the user has written to judge by: the module of a verifier, or a template. UserError where it is no use."""
     if config.judge == "verifier":
-        load_verifier(config.verifier, os.getcwd())
+        verify = load_verifier(config.verifier, os.getcwd())
+        source = inspect.getsourcefile(verify) if ":" in config.verifier and inspect.isfunction(verify) else None
+        return Path(source).read_text() if source else None
     elif config.judge == "reward-model":
         judges.check_reward_model(config)
     elif config.judge == "vllm-judge":
         assert config.judge_model is not None
-        judges.read_template(config.judge_template)
         choose_engine(config)
         ChatRenderer(load_tokenizer(config.judge_model, config.trust_remote_code))
+        return judges.read_template(config.judge_template)
+    return None
 
 
 def _pair_shards(

@@ -18,12 +18,13 @@ from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_data
 from alphatoken.errors import UserError
 from alphatoken.generate_config import GenerateConfig, PairConfig
 from alphatoken.mask_config import MaskConfig
+from alphatoken.run_folder import differences
 from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
 from pipelines.dry_run import dry_run
 from pipelines.generate import run_generate
 from pipelines.mask import run_mask
-from pipelines.pair import run_pair
+from pipelines.pair import check_pair, run_pair
 from pipelines.poison import DIED
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -127,6 +128,17 @@ def test_own_verifier_that_raises_sets_its_prompt_aside(generated, tmp_path, mon
 
 
 @pytest.mark.full
+def test_a_verifier_with_other_code_is_another_run(generated, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = PairConfig(input=generated[0].output, output=str(tmp_path / "pairs"), verifier="units_of_mine:check")
+    identities = []
+    for factor in (1, 2):
+        Path("units_of_mine.py").write_text(f"def check(response, answer):\n    return {factor} * len(response)\n")
+        identities.append(check_pair(config)[1])
+    assert list(differences(*identities)) and identities[0]["config"] == identities[1]["config"]
+    assert "judge" not in check_pair(config.model_copy(update={"verifier": "number"}))[1]["fingerprints"]
+
+
 def test_own_verifier_that_kills_its_process_sets_its_prompt_aside(generated, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     manifest, _ = pair(generated[0].output, tmp_path / "pairs", verifier="own_verifier:deadly")
