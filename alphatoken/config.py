@@ -214,7 +214,7 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         if self.estimator in ("exact", "value_propagation"):
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
-            if self.direction and (given := sorted(MAKE_A_DIRECTION & self.model_fields_set)):
+            if self.direction and (given := self._not_default(MAKE_A_DIRECTION)):
                 names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise ValueError(f"{names}: how a direction is made; --direction {self.direction} is made already")
             if self.fisher and not self.reference_model:
@@ -238,6 +238,13 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         if high and int(high) < int(low):
             raise ValueError(f"--num-actors {self.num_actors}: the maximum is below the minimum")
         return self
+
+    def _not_default(self, names: set[str]) -> list[str]:
+        return [
+            name
+            for name in sorted(names)
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
 
     @property
     def actor_range(self) -> tuple[int, int]:
