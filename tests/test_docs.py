@@ -37,6 +37,7 @@ OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 # In running text, options that are not of our commands: `./start`, pip, ray, benchmarks.
 FOREIGN_OPTIONS = {
     "full", "no-deps", "working-dir", "batch-size", "rules", "tasks", "threads", "seeds", "only", "layers",
+    "again",
 }  # fmt: skip
 
 
