@@ -164,9 +164,7 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Dire
     _parameters = field_validator("parameters")(check_parameters)
 
 
-MAKE_A_DIRECTION = {"normalization", "positions", "class_weights", "preconditioner"} | (
-    set(DirectionOptions.model_fields) - set(DirectionShape.model_fields)
-)
+MAKE_A_DIRECTION = set(DirectionOptions.model_fields) - {"validation_objective", "beta"}  # those are about pairs, too
 STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
 
 

@@ -18,7 +18,7 @@ from alphatoken.chat import ChatRenderer, Span, check_messages, mask_spans
 from alphatoken.config import DataOptions
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.schema import IGNORE_INDEX
-from alphatoken.sources import ReadUnit, first_row
+from alphatoken.sources import ReadUnit, first_rows
 from alphatoken.special_tokens import SpecialTokens
 
 # Where several fit, the first that uses a renamed column, else the first.
@@ -255,9 +255,7 @@ def check_source(units: Iterable[ReadUnit], options: DataOptions, tokenizer: Any
     if unknown:
         known = ", ".join(sorted(COLUMNS))
         raise UserError(f"--columns {', '.join(unknown)}: no such column to fill; known are {known}.")
-    first_units = {unit.file_index: unit for unit in reversed(list(units))}
-    for _, unit in sorted(first_units.items()):
-        row = first_row(unit)
+    for unit, row in first_rows(units):
         missing = sorted(set(options.columns.values()) - set(row))
         if missing:
             raise UserError(

@@ -222,7 +222,7 @@ class Exact:
         return routing, losses
 
     def _losses(self, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
-        with still_padding(self.scoring.model), swapped_weights(self.scoring.model, weights), trunk:
+        with still_padding(self.scoring.model, weights), swapped_weights(self.scoring.model, weights), trunk:
             return self.scoring.head(self.scoring.predicting_states(batch), batch.targets).losses
 
 

@@ -120,7 +120,7 @@ class _Entered(Exception):
 def _predicting(scoring: ScoringModel, batch: Batch, weights: Tensors, trunk: Trunk) -> torch.Tensor:
     """Final hidden states at the predicting positions with dual numbers as weights: ND."""
     with (
-        still_padding(scoring.model),
+        still_padding(scoring.model, weights),
         replaced_weights(scoring.model, weights),
         differentiable(),
         differentiable_experts(scoring.model),
@@ -146,16 +146,17 @@ def _raising_module(model: nn.Module, error: BaseException) -> str:
 
 
 @contextmanager
-def still_padding(model: nn.Module) -> Iterator[None]:
-    """Inside, the padding token of an embedding is put in as it was on entry, however its row moves.
+def still_padding(model: nn.Module, weights: Tensors) -> Iterator[None]:
+    """Inside, the padding token of an embedding among `weights` is put in as it was on entry, however its row moves.
 
     Autograd gives that row no gradient for its use as input, so training does not move it for that; forward mode and
     a moved weight know nothing of it. It matters where the padding token ends turns too, and the head has the same
     weight, which does move.
     """
+    moved = {id(parameter) for name, parameter in model.named_parameters() if name in weights}
     hooks = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in moved:
             with torch.no_grad():
                 row = module(torch.tensor(module.padding_idx, device=module.weight.device))
             hooks.append(module.register_forward_hook(partial(_put_back, row)))

@@ -22,7 +22,7 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.schema import BRANCHES
-from alphatoken.sources import ReadUnit, column_names, first_row
+from alphatoken.sources import ReadUnit, column_names, first_rows
 
 PAIR_COLUMNS = frozenset(BRANCHES)
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -59,9 +59,7 @@ def check_pair_source(units: Iterable[ReadUnit], options: DataOptions) -> None:
     if unknown:
         known = ", ".join(sorted(KNOWN_COLUMNS))
         raise UserError(f"--columns {', '.join(unknown)}: no such column to fill; known for pairs are {known}.")
-    first_units = {unit.file_index: unit for unit in reversed(list(units))}
-    for _, unit in sorted(first_units.items()):
-        row = first_row(unit)
+    for unit, row in first_rows(units):
         missing = sorted(set(options.columns.values()) - set(row))
         if missing:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 from alphatoken.chat import check_messages
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
 from alphatoken.errors import BadRowError, UserError
-from alphatoken.sources import ReadUnit, first_row
+from alphatoken.sources import ReadUnit, first_rows
 
 PROMPT_COLUMNS = ("input_ids", "messages", "prompt", "instruction")  # the first that is there decides
 ANSWER_COLUMNS = ("answer", "completion", "output", "response")
@@ -34,9 +34,7 @@ def check_prompt_source(units: list[ReadUnit], columns: dict[str, str]) -> None:
     if unknown:
         known = ", ".join(sorted(KNOWN_COLUMNS))
         raise UserError(f"--columns {', '.join(unknown)}: no such column to fill; known for prompts are {known}.")
-    first_units = {unit.file_index: unit for unit in reversed(units)}
-    for _, unit in sorted(first_units.items()):
-        row = first_row(unit)
+    for unit, row in first_rows(units):
         missing = sorted(set(columns.values()) - set(row))
         if missing:
             raise UserError(

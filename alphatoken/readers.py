@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,6 +86,12 @@ def first_row(unit: ReadUnit) -> dict:
     raise UserError(f"No row of {unit.path} can be read: check the file. The first problem: {reason}.")
 
 
+def first_rows(units: Iterable[ReadUnit]) -> Iterator[tuple[ReadUnit, dict]]:
+    """(first unit, first row that can be read) of each file, in the order of the files. UserError as `first_row`."""
+    firsts = {unit.file_index: unit for unit in reversed(list(units))}
+    return ((unit, first_row(unit)) for _, unit in sorted(firsts.items()))
+
+
 def column_names(unit: ReadUnit) -> set[str]:
     """The columns of the first row that can be read. Raises UserError where there is none."""
     return set(first_row(unit))
@@ -136,9 +142,9 @@ def _persistent_items(unit: ReadUnit) -> Iterator[Item]:
                     yield item
             return
         except Exception as error:
-            if retries.is_refused(error) and not retries.is_transient(error):
-                raise _unanswered(unit, error) from error
             if not retries.is_transient(error):
+                if retries.is_refused(error):
+                    raise _unanswered(unit, error) from error
                 raise
             failures += 1
             if failures == retries.ATTEMPTS:

@@ -21,6 +21,7 @@ from alphatoken.readers import (
     SourceRow,
     column_names,
     first_row,
+    first_rows,
     load_data_set,
     open_input,
     read_unit,
@@ -28,7 +29,8 @@ from alphatoken.readers import (
 from alphatoken.storage import filesystem
 
 __all__ = [
-    "ReadUnit", "SourceRow", "column_names", "data_fingerprint", "file_bytes", "first_row", "plan_units", "read_unit",
+    "ReadUnit", "SourceRow", "column_names", "data_fingerprint", "file_bytes", "first_row", "first_rows", "plan_units",
+    "read_unit",
 ]  # fmt: skip
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")

@@ -30,7 +30,7 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import ALL_PLAIN, Schedule, Window
 from alphatoken.train_config import BY_LOSS, BY_VALUE
 from pipelines.board import Board, ask
-from pipelines.cluster import check_gpus, torch_threads, user_errors
+from pipelines.cluster import SLOTS, check_gpus, torch_threads, user_errors
 from pipelines.live_trainer import Live
 from pipelines.train import Progress, Training, begin, finish, finished_manifest, fit
 from pipelines.window_files import finished_windows, write_window
@@ -238,7 +238,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _logical_cpus(config: RoundsConfig) -> int:
     """What a private Ray needs: all workers and actors at once, and slots for tasks."""
-    return int(config.num_workers * config.cpus_per_worker + config.num_actors * config.cpus_per_actor) + 3
+    return int(config.num_workers * config.cpus_per_worker + config.num_actors * config.cpus_per_actor) + SLOTS
 
 
 def _summary(schedule: Schedule, windows: dict[int, dict], stages: dict[str, float], trainer: dict) -> dict:

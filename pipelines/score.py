@@ -24,10 +24,9 @@ from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.model import fingerprint
 from alphatoken.pair_encode import check_pair_source, is_pair_data
-from alphatoken.readers import column_names
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import default_parameters
-from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
+from alphatoken.sources import ReadUnit, column_names, data_fingerprint, file_bytes, first_rows, plan_units
 from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
@@ -143,10 +142,10 @@ def _check_kept(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> None
     for name in config.keep_columns:
         if name in taken or name.startswith(("adaptation.", "mean_adaptation.")):
             raise UserError(f"--keep-columns {name}: the output has a column of that name of its own; leave it out")
-    files = {unit.file_index: unit for unit in reversed(units)}.values()
     missing = set(config.keep_columns)
-    for unit in files:
-        missing -= column_names(unit) if missing else set()
+    rows = first_rows(units)
+    while missing and (found := next(rows, None)):
+        missing -= found[1].keys()
     if missing:
         raise UserError(
             f"--keep-columns {' '.join(sorted(missing))}: the first row of no data file has such a column; the first "
