@@ -36,7 +36,7 @@ from benchmarks.evidence.answers import AnswerCheck
 from benchmarks.evidence.costs import Clock
 from benchmarks.evidence.detection import SIGNALS, detect
 from benchmarks.evidence.forgetting import Case, Forgetting, ForgettingLab, cases
-from benchmarks.evidence.grid import EXCESS_RULE, FULL, LARGER, ORACLE, Run, larger_runs, runs
+from benchmarks.evidence.grid import EXCESS_RULE, FULL, LARGER, NOISY, ORACLE, Run, larger_runs, runs
 from benchmarks.evidence.preference import CLEAN_PAIR_RULES, PAIR_RULES, PairRule, Preference, PreferenceLab
 from benchmarks.evidence.rules import Rule
 from benchmarks.evidence.runs import Lab, Study
@@ -51,7 +51,7 @@ SHORT_RULES = {  # of the other studies, on one seed
     "forgetting": ["full", "exact, worst 20%, lambda 0", "exact, worst 20%, lambda 1.5"],
     "preference": ["full", "oracle", "values, worst 20% of pairs", "random 33% of pairs"],
 }
-DETECTION = (("mixed", 0), ("tokens", 0))
+DETECTION = tuple((name, seed) for seed in range(3) for name in NOISY)
 ANSWERED = (("tokens", 0, (None, FULL, ORACLE, EXCESS_RULE)),)  # None: the model as it was
 PROBLEMS = 192  # that each of those models is asked
 
@@ -183,8 +183,9 @@ class Work:
             name = setting.get("name") or f"{setting['set']}, {setting['rule']['name']}"
             logger.info("%d/%d seed %d, %s: %.0f s", number + 1, len(todo), setting["seed"], name, clock.wall)
 
-    def detect(self) -> None:
-        for name, seed in DETECTION:
+    def detect(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Every (set, seed) whose file is missing."""
+        for name, seed in wanted:
             settings = {"study": asdict(self.study), "set": name, "seed": seed, "signals": sorted(SIGNALS)}
             path = self.output / f"detection-{key_of(settings)}.json"
             if not path.exists():
@@ -224,10 +225,15 @@ def chosen(grid: Iterable[Run], arguments: argparse.Namespace) -> list[Run]:
     return [
         run
         for run in grid
-        if (arguments.rules is None or run.rule.name in arguments.rules)
-        and (arguments.seeds is None or run.seed in arguments.seeds)
-        and (arguments.tasks is None or f"{run.set}:{run.seed}" in arguments.tasks)
+        if (arguments.rules is None or run.rule.name in arguments.rules) and asked_for(run.set, run.seed, arguments)
     ]
+
+
+def asked_for(name: str, seed: int, arguments: argparse.Namespace) -> bool:
+    """Whether --seeds and --tasks name a set and seed, or are not given."""
+    return (arguments.seeds is None or seed in arguments.seeds) and (
+        arguments.tasks is None or f"{name}:{seed}" in arguments.tasks
+    )
 
 
 def main() -> None:
@@ -260,7 +266,7 @@ def main() -> None:
         larger = replace(study, training=Training(rows_per_step=LARGER * Training.rows_per_step))
         Work(larger, arguments.data_dir, output / "larger").train(chosen(larger_runs(), arguments))
     if "detection" in parts:
-        work.detect()
+        work.detect(task for task in DETECTION if asked_for(*task, arguments))
     if "answers" in parts:
         work.answer()
     seeds = arguments.seeds or range(1, 4 if arguments.full else 2)  # their trial runs had seed 0

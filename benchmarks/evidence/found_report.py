@@ -6,21 +6,29 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.evidence.report import table
+from benchmarks.evidence.stats import mean_interval
 
 
 def detection(folder: Path) -> str:
-    """AUROC of the signals, mean over checkpoints and files (one for each set and seed)."""
+    """AUROC of the signals: mean over a run's checkpoints, then mean and 95% interval over seeds."""
     areas: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("detection-*.json")):
         run = json.loads(path.read_text())
         for signal, checkpoints in run["auroc"].items():
-            for checkpoint in checkpoints:
-                for key, value in checkpoint.items():
-                    if not math.isnan(value):
-                        areas[signal][f"{run['set']}: {key}"].append(value)
-    keys = sorted({key for found in areas.values() for key in found})
-    rows = [[s, *(f"{sum(v) / len(v):.2f}" if (v := found.get(k)) else "" for k in keys)] for s, found in areas.items()]
+            for key in checkpoints[0]:
+                found = [areas_of[key] for areas_of in checkpoints if not math.isnan(areas_of[key])]
+                if found:
+                    areas[signal][f"{run['set']}: {key}"].append(sum(found) / len(found))
+    keys = sorted({key for of_signal in areas.values() for key in of_signal})
+    rows = [[signal, *(area(of_signal.get(key, [])) for key in keys)] for signal, of_signal in areas.items()]
     return table(["signal", *keys], rows)
+
+
+def area(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, width = mean_interval(values)
+    return f"{mean:.2f}" + ("" if math.isnan(width) else f" ± {width:.2f}")
 
 
 def answers(folder: Path) -> str:
