@@ -5,6 +5,7 @@ command line.
 from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from alphatoken.config import DirectionShape, StageConfig, check_decoder_weights, check_parameters
 from alphatoken.targets import one_target
@@ -19,6 +20,11 @@ IN_RUN_SFT = {"rule": "suspect", "plain_steps": 12, "refresh_every": 12}
 
 # Rules that need values of tokens, and rules that need the losses of validation rows
 BY_VALUE, BY_LOSS = frozenset({"share", "suspect"}), frozenset({"suspect", "surprising"})
+
+
+def depends(text: str) -> JsonDict:
+    """What --help says of a default that depends on other options; the field's own is the last resort."""
+    return {"default_note": text}
 
 
 class LiveValueOptions(DirectionShape):
@@ -37,16 +43,23 @@ class LiveValueOptions(DirectionShape):
         "share",
         description="sft: what is trained on. share: the tokens of the highest values; suspect: all but tokens of a "
         "negative value that surprise the model, where more do than validation tokens of their class, and rows that "
-        "surprise it as a whole: the default of sft where no --keep-fraction is given; surprising: the same "
-        "whatever the value, so nothing is valued; none: nothing is left out, the default of rounds of dpo",
+        "surprise it as a whole; surprising: the same whatever the value, so nothing is valued; none: nothing is left "
+        "out",
+        json_schema_extra=depends("suspect; share where a share is asked for; dpo: share in-run, none in rounds"),
     )
     keep_fraction: float = Field(0.8, gt=0, le=1, description="rule share: part of the response tokens to train on")
     stability_weight: FiniteFloat = Field(1.5, ge=0, description="the paper's lambda; needs --fisher to matter")
     fisher: str | None = Field(
         None, description="file that `alphatoken fisher` wrote for the reference model: adds stability to the values"
     )
-    plain_steps: int = Field(0, ge=0, description="optimizer steps on every token before the first mask")
-    refresh_every: int = Field(10, ge=1, description="optimizer steps between refreshes of the validation direction")
+    plain_steps: int = Field(
+        0, ge=0, description="optimizer steps on every token before the first mask",
+        json_schema_extra=depends("12 with rule suspect, else 0"),
+    )  # fmt: skip
+    refresh_every: int = Field(
+        10, ge=1, description="optimizer steps between refreshes of the validation direction",
+        json_schema_extra=depends("12 with rule suspect, else 10"),
+    )  # fmt: skip
 
     _parameters = field_validator("parameters")(check_parameters)
 

@@ -100,6 +100,8 @@ def _kind(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
+    if text := cli.dependent_default(field):
+        return text
     value = field.get_default(call_default_factory=True)
     if value is None or value == [] or value == {}:
         return "none"

@@ -223,10 +223,18 @@ def _help(field: FieldInfo) -> str:
         notes.append("one of " + ", ".join(found))
     if field.is_required():
         notes.append("required")
+    elif says := dependent_default(field):
+        notes.append(f"default: {says}")
     elif field.default not in (None, PydanticUndefined, [], {}) and field.annotation is not bool:
         notes.append(f"default: {field.default}")
     text = (field.description or "") + (f" ({'; '.join(notes)})" if notes else "")
     return text.strip().replace("%", "%%")
+
+
+def dependent_default(field: FieldInfo) -> str | None:
+    """In words, where a default depends on other options."""
+    extra = field.json_schema_extra
+    return str(extra["default_note"]) if isinstance(extra, dict) and "default_note" in extra else None
 
 
 def _build(config_class: type[BaseModel], options: dict[str, Any]) -> BaseModel:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.mask_config import MaskConfig
+from alphatoken.train_config import TrainConfig
 from jobs import cli, main
 from jobs.score import show_score
 
@@ -141,6 +142,17 @@ def test_unknown_command(capsys):
     assert capsys.readouterr().err == "alphatoken: unknown command maks; did you mean mask?\n"
     assert main.main(["zzz"]) == 2
     assert "there are fisher, direction" in capsys.readouterr().err
+
+
+def test_help_of_a_default_that_depends_on_other_options_says_on_which(capsys):
+    assert cli.run(TrainConfig, lambda config: None, ["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: suspect; share where a share is asked for; dpo: share in-run, none in rounds" in text
+    in_run = {"data": ["d"], "model": "m", "output": "o", "in_run": True, "validation": ["v"]}
+    for given in ({}, {"keep_fraction": 0.5}, {"objective": "dpo"}):
+        config = TrainConfig(**in_run, **given)
+        found = (config.rule, config.plain_steps, config.refresh_every)
+        assert found == (("share", 0, 10) if given else ("suspect", 12, 12))
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["mask", "--help"], ["mask", "--keep-fraction", "9"]])

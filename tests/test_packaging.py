@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -121,14 +122,16 @@ def test_start_explains_itself(arguments: list[str]) -> None:
     assert "./start setup | demo" in done.stderr
 
 
-def test_start_refuses_an_old_python(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [(3, 11, 4), (3, 14, 0)])
+def test_start_refuses_a_python_that_its_packages_are_not_for(tmp_path: Path, version: tuple[int, ...]) -> None:
     (tmp_path / "start").write_text(read("start"))
-    old = tmp_path / "python"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
+    other = tmp_path / "python"  # this interpreter, which says that it is another
+    code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    other.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
+    other.chmod(0o755)
     command = ["bash", tmp_path / "start", "setup"]
-    environment = os.environ | {"PYTHON": str(old)}
+    environment = os.environ | {"PYTHON": str(other)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "is not a Python 3.11 or newer" in done.stderr
+    assert "is not a Python 3.11.5 to 3.13" in done.stderr
     assert not (tmp_path / ".venv").exists()
