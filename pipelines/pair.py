@@ -18,6 +18,7 @@ import ray.data
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
 from alphatoken.chat import ChatRenderer
+from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.errors import UserError
 from alphatoken.generate_config import PairConfig
 from alphatoken.run_folder import RunFolder, manifest_of
@@ -78,6 +79,8 @@ def check_pair(config: PairConfig) -> tuple[dict, dict]:
     text = _check_judge(config)
     fingerprints = {**generated["fingerprints"], "generated_manifest": manifests.fingerprint(generated)}
     fingerprints |= {"judge": manifests.fingerprint(text)} if text else {}
+    if config.judge in ("reward-model", "vllm-judge") and config.judge_model:
+        fingerprints["judge_model_files"] = files_fingerprint(config.judge_model, config.trust_remote_code)
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY) | {"input": source}
     return generated, {"stage": "pair", "config": settings, "fingerprints": fingerprints}
 

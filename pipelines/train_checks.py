@@ -11,6 +11,7 @@ import pyarrow.types as types
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
+from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.run_folder import manifest_of
@@ -54,7 +55,13 @@ def check_train(config: TrainConfig, load_models: bool = True) -> TrainPlan:
         check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     live = check_live(config) if config.validation else {}
     plan = _plan_files(config) if config.trains_on_files else _plan_folder(config, load_models)
-    return replace(plan, fingerprints=plan.fingerprints | live)
+    return replace(plan, fingerprints=plan.fingerprints | live | _checkpoints(config))
+
+
+def _checkpoints(config: TrainConfig) -> dict:
+    """Of the models by their files: the weights are loaded by the workers alone, and may be large."""
+    named = {"model_files": config.model, "reference_model_files": config.reference_model}
+    return {key: files_fingerprint(name, config.trust_remote_code) for key, name in named.items() if name}
 
 
 def _plan_files(config: TrainConfig) -> TrainPlan:

@@ -139,6 +139,19 @@ def test_a_verifier_with_other_code_is_another_run(generated, tmp_path, monkeypa
     assert "judge" not in check_pair(config.model_copy(update={"verifier": "number"}))[1]["fingerprints"]
 
 
+@pytest.mark.full
+def test_a_reward_model_with_other_weights_is_another_run(generated, tmp_path):
+    name = reward_model(tmp_path / "reward", 1)
+    config = PairConfig(
+        input=generated[0].output, output=str(tmp_path / "pairs"), judge="reward-model", judge_model=name
+    )
+    identities = [check_pair(config)[1] for _ in range(2)]
+    assert not list(differences(*identities))
+    path = Path(name, "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert list(differences(identities[0], check_pair(config)[1]))
+
+
 def test_own_verifier_that_kills_its_process_sets_its_prompt_aside(generated, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     manifest, _ = pair(generated[0].output, tmp_path / "pairs", verifier="own_verifier:deadly")

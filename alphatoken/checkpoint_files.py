@@ -1,0 +1,42 @@
+"""Telling checkpoints apart by their files, where loading the weights to know them would cost too much."""
+
+import hashlib
+from pathlib import Path
+
+from alphatoken.embedded import resolve_model
+from alphatoken.tokenizer import load_config
+
+# Weights, configuration, tokenizer and chat template; not a README or an optimizer's state
+SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model"})
+BLOCK = 2**12  # bytes
+BLOCKS = 2**10  # read of a larger file, evenly spaced: training moves nearly every weight
+
+
+def files_fingerprint(name: str, trust_remote_code: bool = False) -> str:
+    """Identifies what a whole model's name stands for now: a folder by its files, a hub name by its commit.
+
+    Files count by name, size and content, of more than 4 MB by 1,024 blocks. Other than `model.fingerprint`, which
+    sees the weights themselves, it takes a checkpoint for another where the same weights are saved otherwise.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        config = load_config(name, trust_remote_code)
+        return str(getattr(config, "_commit_hash", None) or name)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
+            with path.open("rb") as stream:
+                for start in _starts(size):
+                    stream.seek(start)
+                    digest.update(stream.read(BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def _starts(size: int) -> range:
+    """Where blocks begin: one after the other, or further apart where that would be too many."""
+    return range(0, size, max(BLOCK, size // BLOCKS))

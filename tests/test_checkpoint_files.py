@@ -1,0 +1,82 @@
+"""A checkpoint is known by its files: a run does not go on with another one under the same name."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from masked_folder import sft_rows, write_masked, write_model
+
+from alphatoken import storage
+from alphatoken.checkpoint_files import BLOCK, BLOCKS, _starts, files_fingerprint
+from alphatoken.errors import UserError
+from alphatoken.run_folder import RunFolder
+from alphatoken.train_config import TrainConfig
+from pipelines.train import train_identity
+from pipelines.train_checks import check_train
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    return write_model(tmp_path / "model")
+
+
+def test_a_copy_is_the_same_and_what_is_beside_the_model_does_not_count(tmp_path, model):
+    before = files_fingerprint(model)
+    copy = shutil.copytree(model, tmp_path / "copy")
+    (copy / "README.md").write_text("about it")
+    (copy / "checkpoint-7").mkdir()
+    assert files_fingerprint(str(copy)) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_every_file_of_a_checkpoint_counts(model, name):
+    before = files_fingerprint(model)
+    path = Path(model, name)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    assert files_fingerprint(model) != before
+
+
+def test_of_large_files_blocks_are_read_all_over(tmp_path):
+    """Changed a little everywhere, as training does, in a tenth of the file."""
+    path = tmp_path / "model.safetensors"
+    content = np.zeros(3 * BLOCK * BLOCKS + 5, dtype=np.uint8)
+    path.write_bytes(content)
+    before = files_fingerprint(str(tmp_path))
+    content[len(content) // 2 : len(content) * 6 // 10 : 64] = 1
+    path.write_bytes(content)
+    assert files_fingerprint(str(tmp_path)) != before
+    assert len(_starts(len(content))) in (BLOCKS, BLOCKS + 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK, BLOCK + 1, BLOCK * BLOCKS - 1, BLOCK * BLOCKS])
+def test_small_files_are_read_whole(size):
+    starts = _starts(size)
+    assert all(a + BLOCK >= b for a, b in zip(starts, starts[1:], strict=False))
+    assert size == 0 or starts[-1] + BLOCK >= size
+
+
+def test_no_such_model():
+    with pytest.raises(UserError, match="cannot load the configuration of model '/nowhere/at/all'"):
+        files_fingerprint("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("which", ["model", "reference_model"])
+def test_training_does_not_go_on_with_another_model_of_the_same_name(tmp_path, model, which):
+    reference = write_model(tmp_path / "reference")
+    data = write_masked(tmp_path / "masked", sft_rows(4), model)
+    config = TrainConfig(data=data, model=model, output=str(tmp_path / "out"))
+    config = config.model_copy(update={"reference_model": reference})  # for stability, in-run; here its identity only
+    folder = RunFolder(config.output)
+
+    def opened() -> str:
+        return folder.open(train_identity(config, check_train(config)))
+
+    assert opened() == "new"
+    storage.write_json({}, storage.join(config.output, "manifest.json"))
+    assert opened() == "finished"
+    write_model(Path(getattr(config, which)), seed=1)
+    with pytest.raises(UserError, match=f"holds the output of a different run.*fingerprints.{which}_files"):
+        opened()
