@@ -62,9 +62,9 @@ class SourceRow:
 
 
 def read_unit(unit: ReadUnit) -> Iterator[SourceRow]:
-    """The rows of a unit in order, in constant memory. Bad rows come with `error`; where the rest of a file cannot be
-    read, one row with `error` says so and reading ends. Raises UserError where the file can no longer be opened, or
-    its storage does not answer.
+    """The rows of a unit in order, in constant memory. Bad rows come with `error`, those of a damaged Parquet row group
+    too; where the rest of another file cannot be read, one row with `error` says so and reading ends. Raises UserError
+    where the file can no longer be opened, or its storage does not answer.
     """
     source = unit.path.removesuffix(":")  # a saved data set without splits
     for position, data, error in _persistent_items(unit):
@@ -179,11 +179,23 @@ def _read_parquet(unit: ReadUnit) -> Iterator[Item]:
                 raise
             raise UserError(f"{unit.path} changed since it was planned: {first_line(error)}.") from error
         start = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-        # Group by group: a batch over two groups would lose the rows of a good one to a damaged one.
-        groups = (file.iter_batches(READ_ROWS, row_groups=[group]) for group in range(unit.start, unit.stop))
-        rows = (row for batches in groups for batch in batches for row in _python_rows(batch))
-        items = ((position, *row) for position, row in enumerate(rows, start))
-        yield from _stop_where_unreadable(items, start)
+        for group in range(unit.start, unit.stop):
+            yield from _read_row_group(file, group, start)
+            start += file.metadata.row_group(group).num_rows
+
+
+def _read_row_group(file: pq.ParquetFile, group: int, position: int) -> Iterator[Item]:
+    """The rows of a group; where it is damaged, the reason for each that is left of it. Other groups can be read."""
+    stop = position + file.metadata.row_group(group).num_rows
+    try:
+        for batch in file.iter_batches(READ_ROWS, row_groups=[group]):
+            for row in _python_rows(batch):
+                yield position, *row
+                position += 1
+    except UNREADABLE as error:
+        _raise_fault_of_storage(error)
+        reason = f"the rest of row group {group} cannot be read: {first_line(error)}"
+        yield from ((left, None, reason) for left in range(position, stop))
 
 
 def _python_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
@@ -226,18 +238,20 @@ _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_data_
 
 
 def _stop_where_unreadable(items: Iterator[Item], position: int) -> Iterator[Item]:
-    """The items; where the file is damaged, one item that says so, at the position that would have come next.
-
-    Raises what is the storage's fault: it may be gone at the next attempt, and the rows are there.
-    """
+    """The items; where the file is damaged, one item that says so, at the position that would have come next."""
     try:
         for item in items:
             yield item
             position = item[0] + 1
     except UNREADABLE as error:
-        if retries.is_transient(error) or retries.is_refused(error):
-            raise
+        _raise_fault_of_storage(error)
         yield position, None, f"the file cannot be read from here on: {first_line(error)}"
+
+
+def _raise_fault_of_storage(error: Exception) -> None:
+    """It may be gone at the next attempt, and the rows are there."""
+    if retries.is_transient(error) or retries.is_refused(error):
+        raise error
 
 
 def _parsed_lines(stream: IO[bytes]) -> Iterator[Item]:
