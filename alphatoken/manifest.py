@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import re
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -12,30 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-PACKAGES = ("alphatoken", "torch", "transformers", "ray", "datasets", "pyarrow")
-TARGET_COLUMN = re.compile(r"(mean_|chosen_|rejected_)?adaptation\.(.+)")
+from alphatoken.columns import meaning_in, type_name
 
-COLUMNS = {
-    "row_id": "unique number of the row: file index * 10^9 + row number in the file",
-    "id": "the input row's own id, else `<file name>:<row number>`",
-    "input_ids": "token ids of prompt and response, special tokens included",
-    "response_mask": "true where `input_ids[i]` is a response token",
-    "truncated": "true where the row was cut at the maximum length",
-    "labels": "`input_ids[i]` where the token is trained on, -100 elsewhere (unshifted, as transformers expects)",
-    "value": "adaptation + stability_weight * stability; 0 outside the response",
-    "weights": "soft weights: 1 where kept, by rank below 1 for dropped response tokens, 0 outside the response",
-    "adaptation": "positive: training on the token lowers the validation loss",
-    "stability": "positive: training on the token reduces the drift from the reference model",
-    "logprobs": "natural log-probability of `input_ids[i]` given the tokens before it",
-    "num_response_tokens": "number of response tokens",
-    "mean_adaptation": "mean adaptation over the response tokens",
-    "mean_stability": "mean stability over the response tokens",
-    "mean_loss": "mean loss over the response tokens",
-    "adaptation_direct": "the paper's direct term of adaptation",
-    "adaptation_causal": "the paper's causal term of adaptation",
-    "stability_direct": "the paper's direct term of stability",
-    "stability_causal": "the paper's causal term of stability",
-}
+PACKAGES = ("alphatoken", "torch", "transformers", "ray", "datasets", "pyarrow")
 
 
 def check_counts(counts: dict) -> None:
@@ -73,17 +51,10 @@ def build_manifest(
 def data_card(stage: str, manifest: dict, columns: pa.Schema) -> str:
     """README.md of a data set folder (stage `score`, `mask`, ...), with the metadata block that hubs read."""
     rows = [
-        {"name": field.name, "type": str(field.type).replace("element: ", "").replace("item: ", ""),
-         "meaning": _meaning(field.name)}
-        for field in columns
-    ]  # fmt: skip
-    return _template().render(stage=stage, manifest=manifest, columns=rows)
-
-
-def _meaning(name: str) -> str:
-    if target := TARGET_COLUMN.fullmatch(name):
-        return f"{'mean ' if target[1] == 'mean_' else ''}adaptation for the target `{target[2]}` alone"
-    return COLUMNS.get(name, "carried over from the input")
+        {"name": field.name, "type": type_name(field), "meaning": meaning_in(stage, field.name)} for field in columns
+    ]
+    pairs = "chosen_ids" in columns.names
+    return _template().render(stage=stage, manifest=manifest, columns=rows, pairs=pairs)
 
 
 @cache

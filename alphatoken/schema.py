@@ -141,6 +141,13 @@ MASKED_PAIRS_EXTRA = [
     *_per_branch("value", kind=pa.list_(pa.float32())),  # adaptation + stability_weight * stability
 ]
 
+# windows of rounds -> trainer: masked rows or pairs, and then
+WINDOW_EXTRA = [
+    pa.field("row_index", pa.int64()),  # of the row among the encoded training rows
+    pa.field("weights_step", pa.int64()),  # the step whose weights valued it
+    pa.field("age", pa.int32()),  # steps between those weights and the step that first trains on it
+]
+
 # any stage -> quarantine/
 QUARANTINE = pa.schema(
     [

@@ -27,6 +27,8 @@ from docs_commands import (
     shown_commands,
 )
 
+from alphatoken import schema
+from alphatoken.columns import CARRIED_OVER
 from alphatoken.export_formats import STACKS
 from jobs import cli, main
 
@@ -128,6 +130,15 @@ def test_the_reference_has_every_option(built):
         assert section, f"alphatoken {name} is missing"
         options = set(re.findall(r"--([a-z-]+)", section[0]))
         assert {field.replace("_", "-") for field in config_class.model_fields} <= options
+
+
+def test_the_columns_of_every_table_are_described(built):
+    text = (built / "columns.html").read_text(encoding="utf-8")
+    extra = (*schema.MASKED_EXTRA, *schema.MASKED_PAIRS_EXTRA, *schema.WINDOW_EXTRA)
+    for table in (schema.RESPONSES, schema.PAIRS, schema.SCORED, schema.SCORED_PAIRS, schema.QUARANTINE, extra):
+        for field in table:
+            assert re.search(rf"<code[^>]*><span[^>]*>{field.name}</span></code>", text), field.name
+    assert CARRIED_OVER not in text
 
 
 def test_pictures_are_described_and_readable_on_dark_pages():

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from alphatoken import manifest, schema
+from alphatoken.columns import CARRIED_OVER, OF_STAGE, meaning, meaning_in
 
 COUNTS = {"rows_in": 5, "rows_out": 3, "rows_quarantined": 1, "rows_dropped_sequences": 1}
 CONFIG = {"input": "runs/a: 'b'", "keep_fraction": 0.8, "protect": ["end-of-turn"], "min_value": None}
@@ -51,4 +52,35 @@ def test_card_has_metadata_columns_and_config(stage):
     config = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert config == CONFIG
     assert ("frozen" in body) == (stage == "mask")
-    assert all(field.name in manifest.COLUMNS for field in [*schema.SCORED, *schema.MASKED_EXTRA, schema.WEIGHTS])
+
+
+@pytest.mark.parametrize("stage", ["score", "mask"])
+def test_card_of_pairs_speaks_of_pairs(stage):
+    columns = pa.schema([*schema.SCORED_PAIRS, *schema.MASKED_PAIRS_EXTRA])
+    card = manifest.data_card(stage, build(stage=stage), columns)
+    assert "preference pairs" in card and "SFTTrainer" not in card and "input_ids" not in card
+    assert ("- dpo" in card) == (stage == "mask")
+
+
+@pytest.mark.parametrize("stage", OF_STAGE)
+def test_every_column_of_every_stage_has_a_meaning(stage):
+    assert not [name for name in OF_STAGE[stage] if meaning(name) == CARRIED_OVER]
+
+
+def test_columns_beside_the_stages_have_a_meaning():
+    names = [field.name for field in (*schema.QUARANTINE, *schema.WINDOW_EXTRA)]
+    assert not [name for name in names if meaning(name) == CARRIED_OVER]
+
+
+def test_a_column_of_the_users_is_carried_over_whatever_its_name():
+    assert meaning_in("score", "source") == meaning_in("mask", "text") == CARRIED_OVER
+    assert meaning_in("score", "adaptation.math") == meaning("adaptation.math") != CARRIED_OVER
+
+
+def test_meaning_of_columns_of_a_branch_and_of_a_target():
+    assert meaning("rejected_mask") == "rejected response: true where the token is trained on"
+    assert meaning("chosen_sample").endswith("-1: the data set's own answer")
+    assert meaning("chosen_adaptation.math") == "chosen response: adaptation for the target `math` alone"
+    assert meaning("mean_adaptation.math") == "mean adaptation for the target `math` alone"
+    for name in ("topic", "chosen_topic", "chosen_", "mask_of_mine"):
+        assert meaning(name) == CARRIED_OVER
