@@ -290,7 +290,7 @@ def value_rows(linear: ScoredLinear, model: PreTrainedModel) -> torch.Tensor | N
     if short == "v_proj":
         return torch.arange(out_features)
     if short == "qkv_proj":  # Phi-3: queries, then keys, then values
-        kv_width = config.num_key_value_heads * width
+        kv_width = getattr(config, "num_key_value_heads", heads) * width
         if out_features == heads * width + 2 * kv_width:
             return torch.arange(out_features - kv_width, out_features)
     elif short == "c_attn" and linear.transposed:  # GPT-2: three equal parts

@@ -31,6 +31,25 @@ class Captured:
     hidden: torch.Tensor  # ND, final hidden states at the predicting positions
 
 
+def by_position(found: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    """What modules saw, as BT(d): some get rows and positions as one dimension (OPT, shared experts).
+
+    Raises:
+        UserError: one saw something else, so that nothing says which position a number is of.
+    """
+    shape = batch.input_ids.shape
+    result = {}
+    for name, tensor in found.items():
+        flat = tensor.dim() == 2 and len(tensor) == shape.numel()
+        result[name] = tensor.reshape(*shape, -1) if flat else tensor
+        if result[name].shape[:-1] != shape:
+            raise UserError(
+                f"{name} works on tensors of shape {tuple(tensor.shape)}, not on rows and positions, so its tokens "
+                "cannot be told apart; use --estimator exact and --positions all, or leave it out by --parameters"
+            )
+    return result
+
+
 @contextmanager
 def capturing(linears: list[ScoredLinear]) -> Iterator[tuple[dict, dict]]:
     """Fills (inputs, outputs) by parameter name. Starts the graph at the first of them that has none yet."""
@@ -61,13 +80,15 @@ def capture(
     attention_layers: frozenset[int] = frozenset(),
     token_weights: torch.Tensor | None = None,
     responses_only: bool = False,
+    positions_matter: bool = True,
 ) -> Captured:
     """Run one batch. `token_weights` (N) scales each token's loss; losses are summed, never averaged.
 
     responses_only: deltas are right from a row's first predicting position to its last, and cost less.
+    positions_matter: inputs and deltas are BT(d). Else they may be flat, whatever a module works on.
 
     Raises:
-        UserError: a scored linear, or the attention of a layer in `attention_layers`, did not run.
+        UserError: a scored linear, or the attention of a layer in `attention_layers`, did not run, or not by positions.
     """
     first = min(linear.layer for linear in linears)
     narrow = response_backward(scoring, batch, first) if responses_only else nullcontext()
@@ -85,8 +106,11 @@ def capture(
     if token_weights is not None:
         gradient = gradient * token_weights[:, None].to(gradient.dtype)
     names = [linear.name for linear in linears]
-    deltas = torch.autograd.grad(predicting, [outputs[name] for name in names], gradient)
-    return Captured(inputs, dict(zip(names, deltas, strict=True)), attention, head.losses, predicting.detach())
+    found = torch.autograd.grad(predicting, [outputs[name] for name in names], gradient)
+    deltas = dict(zip(names, found, strict=True))
+    if positions_matter:
+        inputs, deltas = by_position(inputs, batch), by_position(deltas, batch)
+    return Captured(inputs, deltas, attention, head.losses, predicting.detach())
 
 
 def check_all_ran(linears, outputs, attention_layers, attention) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from alphatoken.adapters import base_of, is_adapter
 from alphatoken.embedded import resolve_model
 from alphatoken.tokenizer import load_config
 
@@ -13,7 +14,8 @@ BLOCKS = 2**10  # read of a larger file, evenly spaced: training moves nearly ev
 
 
 def files_fingerprint(name: str, trust_remote_code: bool = False) -> str:
-    """Identifies what a whole model's name stands for now: a folder by its files, a hub name by its commit.
+    """Identifies what a name stands for now: a folder by its files, an adapter's with its base model, a hub name by its
+    commit.
 
     Files count by name, size and content, of more than 4 MB by 1,024 blocks. Other than `model.fingerprint`, which
     sees the weights themselves, it takes a checkpoint for another where the same weights are saved otherwise.
@@ -22,9 +24,16 @@ def files_fingerprint(name: str, trust_remote_code: bool = False) -> str:
         UserError: there is no such model.
     """
     folder = Path(resolve_model(name))
+    if is_adapter(name):
+        base = files_fingerprint(base_of(name), trust_remote_code)
+        return hashlib.sha256(f"{base}{_of_folder(folder)}".encode()).hexdigest()[:32]
     if not folder.is_dir():
         config = load_config(name, trust_remote_code)
         return str(getattr(config, "_commit_hash", None) or name)
+    return _of_folder(folder)
+
+
+def _of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():

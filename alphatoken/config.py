@@ -4,6 +4,7 @@ Field descriptions are the command line's help texts. Unknown names and values o
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,6 +79,15 @@ class StageConfig(Settings):
     output: str = Field(description="folder or file to write, a local path or a URI")
     overwrite: bool = Field(False, description="replace what a different earlier run left in the output folder")
 
+    def not_default(self, names: Iterable[str]) -> list[str]:
+        """Those of the fields that have another value than their default, sorted."""
+        fields = type(self).model_fields
+        return [
+            name
+            for name in sorted(names)
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+
 
 class DataOptions(Settings):
     """How input rows become tokens."""
@@ -151,6 +161,12 @@ class DirectionOptions(DirectionShape):
     preconditioner_batches: int = Field(16, ge=1, description="training batches behind the second moments")
     preconditioner_rows: int = Field(8, ge=1, description="rows per such batch")
 
+    @model_validator(mode="after")
+    def _moments_are_wanted(self):
+        if self.preconditioner_data and self.preconditioner == "none":
+            raise ValueError("--preconditioner-data is for --preconditioner adam")
+        return self
+
 
 class DirectionConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, DirectionOptions):
     """The validation direction G."""
@@ -212,7 +228,7 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         if self.estimator in ("exact", "value_propagation"):
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
-            if self.direction and (given := self._not_default(MAKE_A_DIRECTION)):
+            if self.direction and (given := self.not_default(MAKE_A_DIRECTION)):
                 names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise ValueError(f"{names}: how a direction is made; --direction {self.direction} is made already")
             if self.fisher and not self.reference_model:
@@ -222,6 +238,8 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         elif self.trunk_dtype or self.gpus_per_actor > 1:
             what = "--trunk-dtype" if self.trunk_dtype else "--gpus-per-actor above 1"
             raise ValueError(f"{what} is for exact and value_propagation; {self.estimator} scores no layers")
+        elif self.fisher:
+            raise ValueError(f"--fisher is for exact and value_propagation; {self.estimator} knows no stability")
         if self.estimator == "excess_loss" and not self.reference_model:
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":
@@ -236,13 +254,6 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
         if high and int(high) < int(low):
             raise ValueError(f"--num-actors {self.num_actors}: the maximum is below the minimum")
         return self
-
-    def _not_default(self, names: set[str]) -> list[str]:
-        return [
-            name
-            for name in sorted(names)
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
-        ]
 
     @property
     def actor_range(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ which is the paper's mean over validation tokens (Eq. 8); the two differ in what
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -175,8 +175,10 @@ def _gradient_of_linears(
     scoring: ScoringModel, batch: Batch, linears: list[ScoredLinear], weights: torch.Tensor | None, positions: str
 ) -> Tensors:
     responses_only = positions == "response"
-    captured = capture(scoring, batch, linears, token_weights=weights, responses_only=responses_only)
-    where = batch.predicting if responses_only else (slice(None), slice(None))
+    captured = capture(
+        scoring, batch, linears, token_weights=weights, responses_only=responses_only, positions_matter=responses_only
+    )
+    where = batch.predicting if responses_only else ...
     result = {}
     for linear in linears:
         delta, h = captured.deltas[linear.name][where], captured.inputs[linear.name][where]
@@ -254,19 +256,20 @@ def adam_scale(moments: Tensors, eps: float = ADAM_EPS) -> Tensors:
     return {name: 1.0 / (torch.sqrt(v.clamp_min(1e-6 * float(v.mean()))) + eps) for name, v in moments.items()}
 
 
-def drift(scoring: ScoringModel, reference: Tensors, fisher: Tensors) -> Tensors:
-    """D = F * (W - W_ref), Eq. 10. `reference` and `fisher` hold the scored weights by name.
+def drift(weights: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], fisher: Tensors) -> Tensors:
+    """D = F * (W - W_ref), Eq. 10, of the weights that `fisher` has; on their device.
+
+    weights, reference: as they are stored or trained, for what training moves is less than bfloat16 rounds off.
 
     Raises:
-        UserError: a scored weight is missing from either, or has another shape.
+        UserError: the reference lacks a weight, or it has another shape there.
     """
     result = {}
-    parameters = dict(scoring.model.named_parameters())
     for name, importance in fisher.items():
-        if name not in reference or reference[name].shape != parameters[name].shape:
-            raise UserError(f"the reference model has no weight {name} of shape {tuple(parameters[name].shape)}")
-        moved = parameters[name].detach().float() - reference[name].to(parameters[name].device).float()
-        result[name] = importance.to(moved.device) * moved
+        ours = weights[name].detach()
+        if name not in reference or reference[name].shape != ours.shape:
+            raise UserError(f"the reference model has no weight {name} of shape {tuple(ours.shape)}")
+        result[name] = importance.to(ours.device) * (ours.float() - reference[name].detach().to(ours.device).float())
     return result
 
 

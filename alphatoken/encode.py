@@ -103,7 +103,8 @@ class Encoder:
     def encode_prompt(self, prompt: str | list[dict]) -> tuple[str, list[int]]:
         """(text, ids) of plain text, or of a conversation up to where its answer begins. Raises as `encode` does."""
         if isinstance(prompt, str):
-            return prompt, self._tokenize(*self._plain([prompt]), True)[0]
+            ids = self._tokenize(*self._plain([prompt]), True)[0]
+            return prompt, ids[:-1] if self._ends_texts and ids[-1:] == [self.tokenizer.eos_token_id] else ids
         literal = self._is_literal(_texts(prompt))
         text = self._chat.render(self.special.hide_in(prompt) if literal else prompt, add_generation_prompt=True)
         text = self.special.reveal(text).text if literal else text
@@ -115,6 +116,12 @@ class Encoder:
         ids = _integers(row, column)
         _check_ids(ids, self.vocab_size)
         return ids
+
+    @cached_property
+    def _ends_texts(self) -> bool:
+        """Whether the tokenizer puts its EOS behind every text: nothing would be said after a prompt."""
+        eos = self.tokenizer.eos_token_id
+        return eos is not None and self.tokenizer("a")["input_ids"][-1:] == [eos]
 
     @cached_property
     def special(self) -> SpecialTokens:

@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
-from alphatoken.chat import ChatRenderer, check_messages
+from alphatoken.chat import check_messages
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, COLUMNS, Encoder, detect_format, rename_columns
 from alphatoken.errors import BadRowError, UserError
 
@@ -122,8 +121,8 @@ class RowReader:
         if name == "tokens":
             ids, reference = self._prompt_of_tokens(row)
         else:
-            text, reference, special = self._prompt_text(name, row)
-            ids = self._tokenize(text, special)
+            prompt, reference = self._prompt_of_text(name, row)
+            ids = self._checked(self.encoder.encode_prompt(prompt)[1])
         if not reference.strip():
             raise BadRowError("the response is empty")
         if self.extract(reference) is None:
@@ -132,29 +131,22 @@ class RowReader:
             raise BadRowError(f"the prompt has {len(ids)} tokens; from 1 to {self.longest_prompt} are possible")
         return Prompt(row_id, ids, reference)
 
-    def _prompt_text(self, name: str, row: dict) -> tuple[str, str, bool]:
-        """(prompt, reference, whether the tokenizer adds its special tokens), as encode.py renders the row."""
+    def _prompt_of_text(self, name: str, row: dict) -> tuple[str | list[dict], str]:
+        """(text or conversation up to the answer, reference)."""
         if name == "messages":
-            return *self._chat_prompt(check_messages(row["messages"], "messages")), False
+            return _split_chat(check_messages(row["messages"], "messages"))
         if name == "prompt_completion":
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str) or isinstance(completion, str):
-                return _text(row, "prompt"), _text(row, "completion"), True
-            messages = check_messages(prompt, "prompt") + check_messages(completion, "completion")
-            return *self._chat_prompt(messages), False
+                return _text(row, "prompt"), _text(row, "completion")
+            return _split_chat(check_messages(prompt, "prompt") + check_messages(completion, "completion"))
         instruction, reference = _text(row, "instruction"), _text(row, "output" if "output" in row else "response")
         extra = _text(row, "input") if row.get("input") is not None else ""
         if self.tokenizer.chat_template:
             content = f"{instruction}\n\n{extra}" if extra else instruction
-            return self._chat.render([{"role": "user", "content": content}], True), reference, False
+            return [{"role": "user", "content": content}], reference
         template = ALPACA_PROMPT_WITH_INPUT if extra else ALPACA_PROMPT
-        return template.format(instruction=instruction, input=extra), reference, True
-
-    def _chat_prompt(self, messages: list[dict]) -> tuple[str, str]:
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-        if not last:
-            raise BadRowError("the conversation has no assistant turn after a first message")
-        return self._chat.render(messages[:last], add_generation_prompt=True), messages[last]["content"]
+        return template.format(instruction=instruction, input=extra), reference
 
     def _prompt_of_tokens(self, row: dict) -> tuple[list[int], str]:
         encoded = self.encoder.encode(row)
@@ -165,10 +157,6 @@ class RowReader:
         start = max(i for i in range(stop) if not mask[i]) + 1
         reference = self.tokenizer.decode(encoded.input_ids[start:stop], skip_special_tokens=True)
         return encoded.input_ids[:start], reference
-
-    @cached_property
-    def _chat(self) -> ChatRenderer:
-        return ChatRenderer(self.tokenizer)
 
     def _continuations(self, prompt: str, choices: list[str]) -> tuple[int, list[list[int]]]:
         """(start, token ids of prompt and choice for every choice).
@@ -184,11 +172,21 @@ class RowReader:
             raise BadRowError("a choice has no token of its own")
         return start, ids
 
-    def _tokenize(self, text: str, special: bool = True) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+    def _tokenize(self, text: str) -> list[int]:
+        return self._checked(self.encoder.encode_prompt(text)[1])
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if ids and max(ids) >= self.encoder.vocab_size:
             raise BadRowError(f"token id {max(ids)} is not in the model's vocabulary of {self.encoder.vocab_size}")
         return ids
+
+
+def _split_chat(messages: list[dict]) -> tuple[list[dict], str]:
+    """(the conversation before the last assistant turn, what that says)."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if not last:
+        raise BadRowError("the conversation has no assistant turn after a first message")
+    return messages[:last], messages[last]["content"]
 
 
 def check_columns(kind: str, row: dict, renamed: dict[str, str], path: str) -> None:

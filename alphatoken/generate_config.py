@@ -3,6 +3,7 @@
 import re
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from alphatoken.config import ModelOptions, StageConfig
@@ -24,6 +25,12 @@ class EngineOptions(BaseModel):
         {}, description="vllm: more engine arguments, as name=value: gpu_memory_utilization=0.8"
     )
 
+    @field_validator("engine_options")
+    @classmethod
+    def _typed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """The command line gives text: 16 is a number, and true a truth value, as in a YAML file."""
+        return {name: yaml.safe_load(item) if isinstance(item, str) else item for name, item in value.items()}
+
     @property
     def replica_range(self) -> tuple[int, int]:
         """(minimum, maximum) number of engine replicas."""
@@ -37,6 +44,8 @@ class EngineOptions(BaseModel):
             raise ValueError(f"--replicas {self.replicas}: the maximum is below the minimum")
         if self.tensor_parallel > 1 and self.engine == "transformers":
             raise ValueError("--tensor-parallel is for --engine vllm")
+        if self.engine_options and self.engine == "transformers":
+            raise ValueError("--engine-options are for --engine vllm")
         return self
 
 

@@ -24,7 +24,7 @@ from alphatoken.architecture import decoder, decoder_layers, first_scored_layer
 from alphatoken.attention import NAME as ATTENTION
 from alphatoken.attention import recording
 from alphatoken.batching import Batch
-from alphatoken.capture import Captured, capturing, check_all_ran
+from alphatoken.capture import Captured, by_position, capturing, check_all_ran
 from alphatoken.errors import UserError
 from alphatoken.head import LossHead, TrainedLosses, check_head
 from alphatoken.hidden_tangent import hidden_tangent
@@ -128,7 +128,8 @@ class _Propagation:
         inputs, outputs, attention = self.seen
         del self.seen
         deltas = torch.autograd.grad(predicting, list(outputs.values()), gradient, retain_graph=True)
-        captured = Captured(inputs, dict(zip(outputs, deltas, strict=True)), attention, losses, predicting.detach())
+        inputs, found = by_position(inputs, batch), by_position(dict(zip(outputs, deltas, strict=True)), batch)
+        captured = Captured(inputs, found, attention, losses, predicting.detach())
         return self.estimator.values(captured, batch).adaptation
 
 

@@ -67,8 +67,9 @@ class MaskConfig(StageConfig):
 
     @property
     def settings_of_share(self) -> list[str]:
-        """Those that were given."""
-        return [name for name in OF_SHARE if name in self.model_fields_set]
+        """Those that were given; beside a rule, as a manifest has it, those that are not as they would be anyway."""
+        given = [name for name in OF_SHARE if name in self.model_fields_set]
+        return given if self.rule == "auto" else [name for name in given if name in self.not_default(OF_SHARE)]
 
 
 def rule_for(config: MaskConfig, scored: dict) -> str:

@@ -65,7 +65,7 @@ def load_model(
 
     Args:
         name: also `smollm2-135m-instruct`, the embedded model.
-        dtype: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU.
+        dtype: float32, bfloat16, auto: bfloat16 on a GPU, float32 on a CPU; or stored: that of the checkpoint.
         device: default: the GPU where there is one.
         trunk: what becomes of the layers that are not scored; default: nothing.
         spread: over which devices they go, `device` being the first; default: all are on `device`.
@@ -76,7 +76,8 @@ def load_model(
     device = device or default_device()
     base = base_of(resolve_model(name))
     try:
-        model = _from_pretrained(base, resolve_dtype(dtype, device), trust_remote_code)
+        wanted = "auto" if dtype == "stored" else resolve_dtype(dtype, device)  # what transformers calls auto
+        model = _from_pretrained(base, wanted, trust_remote_code)
     except (OSError, ValueError) as error:
         what = f"model {name!r}" if base == resolve_model(name) else f"{base!r}, the base model of adapter {name!r}"
         raise UserError(f"cannot load {what}: {first_line(error)}") from error
@@ -94,7 +95,7 @@ def load_model(
     return prepare_model(model)
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _from_pretrained(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
     """With our attention; with eager attention where a model knows no other than its own (Falcon, GPT-J ...).
 
     Such a model looks its attention up in a table of names. `prepare_model` then tells it ours, as any other.

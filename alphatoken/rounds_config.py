@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from alphatoken.config import Dtype, check_decoder_weights
 from alphatoken.targets import one_target
-from alphatoken.train_config import TrainConfig
+from alphatoken.train_config import BY_VALUE, TrainConfig
 
 
 class RoundsConfig(TrainConfig):
@@ -91,6 +91,9 @@ class RoundsConfig(TrainConfig):
             raise ValueError("--generate 1: a pair needs two responses or more")
         if self.objective == "dpo" and self.lora_rank and not self.reference_model:
             raise ValueError("rounds of dpo with --lora-rank need --reference-model, which the actors load")
+        if self.drop_sequences and self.rule not in BY_VALUE:
+            raise ValueError(f"--drop-sequences goes by mean value, and --rule {self.rule} values nothing")
+        self._check_settings_of_share("keep_fraction", "scope")
         check_decoder_weights(self.parameters, "rounds score")
         one_target(self.validation, "rounds know")
 

@@ -36,6 +36,11 @@ SHARD_FILES = {
     "attempts": re.compile(r"^([0-9]{15})\.json$"),
     "sums": re.compile(r"^([0-9]{15})\.safetensors$"),
 }
+OF_STAGE = {  # files and folders that these stages have beside the others
+    "train": ("metrics.jsonl", "evaluation.parquet", "checkpoints", "encoded", "windows", "model", "adapter"),
+    "export": ("dataset",),
+}
+OF_STAGE["rounds"] = OF_STAGE["train"]
 SHOWN_DIFFERENCES = 5
 
 UNKNOWN = object()  # in an identity: what only a loaded model could tell
@@ -82,14 +87,18 @@ class RunFolder:
         """
         state = self.look(identity, overwrite)
         if state == "new":
-            if storage.exists(self._path("run.json")):
-                self._remove_own_files()
+            self.clear()
             storage.write_json(identity, self._path("run.json"))
         elif state == "finished":
             self._remove_records()  # left where the run was killed just after its manifest
         else:
             self._remove_orphans()
         return state
+
+    def clear(self) -> None:
+        """Remove what a run left here, the same run's too; nothing happens where none has."""
+        if storage.exists(self._path("run.json")):
+            self._remove_own_files()
 
     def look(self, identity: dict, overwrite: bool = False) -> State:
         """What `open` would return or raise; nothing is changed. UNKNOWN in `identity` agrees with any value."""
@@ -197,6 +206,8 @@ class RunFolder:
     def _remove_own_files(self) -> None:
         """Only files with the names that a run writes. run.json goes last: a kill in between can be repeated."""
         storage.remove_file(self._path("manifest.json"))
+        for name in OF_STAGE.get(storage.read_json(self._path("run.json")).get("stage"), ()):
+            storage.remove_tree(self._path(name))
         for folder in SHARD_FILES:
             for _, name in self._shard_files(folder):
                 storage.remove_file(self._path(folder, name))

@@ -5,6 +5,7 @@ The order depends on the seed and the epoch alone: trainer, scoring actors and a
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,16 +50,17 @@ class Schedule:
     def total_steps(self) -> int:
         return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch)
 
-    @property
+    @cached_property
     def windows(self) -> list[Window]:
         size, last = self.refresh_every, self.total_steps
-        starts = range(self.first_window, last, size)
+        plain = range(self.first_window, min(self.plain_steps, last), size)
+        starts = [*plain, *range(self.plain_steps, last, size)]
         back = size if self.overlap else 0
         found = []
-        for start in starts:
+        for start, stop in zip(starts, [*starts[1:], last], strict=False):
             # To value a window, the optimizer has to have taken a step: before, it has no moments to give away.
             earliest = 0 if start < self.plain_steps else min(1, self.plain_steps)
-            found.append(Window(start, min(start + size, last), max(earliest, start - back)))
+            found.append(Window(start, stop, max(earliest, start - back)))
         return found
 
     @property
@@ -77,9 +79,7 @@ class Schedule:
 
     def window_at(self, step: int) -> Window | None:
         """The window that `step` belongs to; None for a step without one."""
-        if step < self.first_window:
-            return None
-        return self.windows[(step - self.first_window) // self.refresh_every]
+        return next((window for window in self.windows if window.start <= step < window.stop), None)
 
     def rows_of(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """(row indices, ascending and each once; the first step of the window that trains on each)."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from alphatoken import direction as directions
 from alphatoken import schema, tensor_file
@@ -83,14 +84,23 @@ def _drift(
             f"{config.model} is a LoRA adapter, whose base weights have not moved: for stability merge it into its "
             "base model and score that"
         )
-    reference = _reference_of(config, scoring)
+    assert config.reference_model is not None
+    reference = _as_stored(config.reference_model, config)
     fisher = tensor_file.load(config.fisher, "fisher")
-    tensor_file.check_matches(fisher.provenance, config.fisher, fingerprint(reference.model), parameters)
+    tensor_file.check_matches(fisher.provenance, config.fisher, fingerprint(reference), parameters)
     check_covers(fisher, config.fisher, scoring, parameters)
-    weights = {name: p.detach() for name, p in scored_parameters(reference.model, parameters).items()}
-    drift = directions.drift(scoring, weights, fisher.group("fisher"))
+    there = scored_parameters(scoring.model, parameters)
+    exact = scoring.dtype in (torch.float32, torch.float64)
+    weights = there if exact else scored_parameters(_as_stored(config.model, config), parameters)
+    drift = directions.drift(weights, scored_parameters(reference, parameters), fisher.group("fisher"))
     # A preconditioned step moves by scale * gradient, so both directions are scaled alike.
-    return {name: d * scale[name].to(d.device) if scale else d for name, d in drift.items()}
+    scaled = {name: d * scale[name].to(d.device) if scale else d for name, d in drift.items()}
+    return {name: tensor.to(there[name].device) for name, tensor in scaled.items()}
+
+
+def _as_stored(name: str, config: ScoreConfig) -> PreTrainedModel:
+    """Not rounded to the dtype that is computed in: see `directions.drift`. On the CPU, where its files are mapped."""
+    return load_model(name, "stored", torch.device("cpu"), config.trust_remote_code).model
 
 
 def _reference_of(config: ScoreConfig, scoring: ScoringModel) -> ScoringModel:

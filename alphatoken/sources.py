@@ -26,7 +26,7 @@ from alphatoken.readers import (
     open_input,
     read_unit,
 )
-from alphatoken.storage import filesystem
+from alphatoken.storage import absolute, filesystem, is_inside
 
 __all__ = [
     "ReadUnit", "SourceRow", "column_names", "data_fingerprint", "file_bytes", "first_row", "first_rows", "plan_units",
@@ -54,6 +54,17 @@ def plan_units(sources: list[str]) -> list[ReadUnit]:
     load_data_set.cache_clear()  # the folder may have been written again since the last plan
     inputs = sorted({found for source in sources for found in _resolve(source)}, key=lambda found: found[::-1])
     return [unit for index, (kind, path) in enumerate(inputs) for unit in _units_of_input(kind, path, index)]
+
+
+def check_outside(output: str, sources: list[str]) -> None:
+    """Raises UserError where an output would lie in a folder whose files are data: it would be read as data, too."""
+    for source in sources:
+        fs, path = filesystem(source)
+        if is_inside(absolute(output), absolute(source)) and fs.isdir(path) and not _is_own(fs, path.rstrip("/")):
+            raise UserError(
+                f"--output {output} lies in the data folder {source}, so it would be read as data itself; give a place "
+                "outside of it"
+            )
 
 
 def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
@@ -133,11 +144,15 @@ def _resolve_path(fs: Any, path: str) -> list[Input]:
         raise UserError(
             f"{path} has no manifest.json: the job that writes it has not finished; run it again, it resumes."
         )
-    own = ("run.json", "token_classes.parquet", "quarantine")
-    if any(fs.exists(f"{base}/{name}") for name in own):
-        base += "/data"  # alphatoken wrote this folder: the rest of it is not rows
+    if _is_own(fs, base):
+        base += "/data"  # the rest of it is not rows
     files = fs.find(base) if fs.isdir(base) else []
     return [_file_input(fs, file) for file in files if _is_data_file(file[len(base) :])]
+
+
+def _is_own(fs: Any, folder: str) -> bool:
+    """Whether alphatoken wrote the folder."""
+    return any(fs.exists(f"{folder}/{name}") for name in ("run.json", "token_classes.parquet", "quarantine"))
 
 
 def _is_data_file(path: str) -> bool:

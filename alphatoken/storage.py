@@ -82,6 +82,14 @@ def same_place(first: str, second: str) -> bool:
     return type(fs_1) is type(fs_2) and path_1.rstrip("/") == path_2.rstrip("/")
 
 
+def is_inside(place: str, folder: str) -> bool:
+    """True where a URI names a folder or something in it."""
+    (fs_1, path_1), (fs_2, path_2) = filesystem(place), filesystem(folder)
+    if isinstance(fs_1, LocalFileSystem) and isinstance(fs_2, LocalFileSystem):
+        path_1, path_2 = os.path.realpath(path_1), os.path.realpath(path_2)
+    return type(fs_1) is type(fs_2) and f"{path_1.rstrip('/')}/".startswith(f"{path_2.rstrip('/')}/")
+
+
 def list_names(folder: str) -> list[str]:
     """Sorted names (files and folders) directly in a folder; empty where it does not exist.
 

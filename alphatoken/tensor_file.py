@@ -151,7 +151,7 @@ def finished(path: str, kind: str, run: dict, overwrite: bool) -> Provenance | N
     found = read_provenance(path, kind)
     there = {name: getattr(found, name) for name in run}
     there["options"] = {name: found.options.get(name) for name in run["options"]}
-    changed = list(differences(there, json.loads(json.dumps(run))))
+    changed = list(differences(there, run))
     if changed and not overwrite:
         raise UserError(different_run(path, changed))
     return None if changed else found

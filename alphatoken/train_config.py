@@ -181,9 +181,10 @@ class TrainConfig(StageConfig, LiveValueOptions):
 
     def _check_live_values(self) -> None:
         if not self.in_run:
-            given = [name for name in ("validation", "fisher", "preset") if getattr(self, name)]
-            if given:
-                raise ValueError(f"--{given[0]} needs --in-run: a masked data set already has its values")
+            own = LiveValueOptions.model_fields.keys() - TrainConfig.__annotations__.keys()
+            if given := self.not_default(own):
+                option = given[0].replace("_", "-")
+                raise ValueError(f"--{option} needs --in-run: a masked data set already has its values")
             if len(self.data) > 1:
                 raise ValueError("--data takes one folder that `mask` wrote; --in-run takes several files")
             return
@@ -192,6 +193,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if self.rule == "none":
             raise ValueError("--rule none leaves nothing out: train without --in-run")
         self._check_validation_objective()
+        self._check_settings_of_share("keep_fraction")
         check_decoder_weights(self.parameters, "--in-run scores")
         one_target(self.validation, "--in-run knows")
         self._check_moments()
@@ -201,6 +203,10 @@ class TrainConfig(StageConfig, LiveValueOptions):
             raise ValueError("--in-run needs whole weights on every worker, so it does not go with --fsdp")
         if self.gradient_checkpointing:
             raise ValueError("--in-run reads activations of the forward pass, so not with --gradient-checkpointing")
+
+    def _check_settings_of_share(self, *names: str) -> None:
+        if self.rule != "share" and not self.preset and (given := self.not_default(names)):
+            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of --rule share, not of {self.rule}")
 
     @property
     def uses_moments(self) -> bool:

@@ -261,7 +261,7 @@ def _read_file(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_yaml_loader())
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -278,6 +278,18 @@ def _read_file(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
             raise UserError(f"--config {path}: unknown name {given}{did_you_mean(name, config_class.model_fields)}")
         settings[name] = _as_text(value, config_class.model_fields[name])
     return settings
+
+
+def _yaml_loader() -> Any:
+    """YAML's safe one, but 1:4 is text: YAML 1.1 reads it in base 60, as 64."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    text = ("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9_]+(:[0-9_.]+)+$"))
+    Loader.yaml_implicit_resolvers = {first: [text, *kinds] for first, kinds in Loader.yaml_implicit_resolvers.items()}
+    return Loader
 
 
 def _as_text(value: Any, field: FieldInfo) -> Any:

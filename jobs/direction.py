@@ -18,13 +18,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _direction(config: DirectionConfig) -> dict:
     from alphatoken.row_count import count_rows
+    from alphatoken.targets import validation_files
     from jobs.progress import progress_bar
     from pipelines.direction import VALIDATION_ROWS, run_direction  # imports Ray and torch: not before the arguments
 
     with progress_bar("rows") as bar:
         if not bar.drawn:
             return run_direction(config)
-        total = count_rows(config.validation)
+        total = count_rows(validation_files(config.validation))
         return run_direction(
             config, lambda what, done: bar.update(what, done, total if what == VALIDATION_ROWS else None)
         )

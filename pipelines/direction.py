@@ -22,9 +22,9 @@ from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.quantized_trunk import QuantizedTrunk
 from alphatoken.schema import BRANCHES
-from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.sources import check_outside, data_fingerprint, plan_units
 from alphatoken.suspects import LossProfile, TokenLosses
-from alphatoken.targets import files_by_target
+from alphatoken.targets import files_by_target, validation_files
 from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
@@ -58,6 +58,7 @@ def run_direction(config: DirectionConfig, progress: Phase | None = None) -> dic
 def check_direction_inputs(config: DirectionConfig) -> None:
     """Everything that is known without the weights. Raises UserError."""
     check_validation(config)
+    check_outside(config.output, [*validation_files(config.validation), *config.preconditioner_data])
     if config.reference_model:
         check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     token_classes.check_class_names(config.class_weights)
@@ -124,7 +125,8 @@ def make_direction(
     validation rows.
     """
     started = time.monotonic()
-    run = direction_run(scoring, config, parameters, positions)
+    dtype = str(scoring.dtype).removeprefix("torch.")
+    run = direction_run(config, parameters, positions, fingerprint(scoring.model), dtype)
     if there := tensor_file.finished(path, "direction", run, config.overwrite):
         logger.info("%s is already finished", path)
         return asdict(there)

@@ -3,9 +3,9 @@
 from typing import Any
 
 from alphatoken import tensor_file
+from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
-from alphatoken.model import ScoringModel, fingerprint
 from alphatoken.sources import data_fingerprint
 from alphatoken.targets import UNNAMED, files_by_target, validation_files
 
@@ -13,14 +13,14 @@ NO_TRAINING_ROWS = "--preconditioner adam needs --preconditioner-data FILES: tra
 
 
 def direction_run(
-    scoring: ScoringModel, config: ScoreConfig | DirectionConfig, parameters: str, positions: str
+    config: ScoreConfig | DirectionConfig, parameters: str, positions: str, model: Any, dtype: Any
 ) -> dict[str, Any]:
-    """What makes this direction and no other: fields of Provenance."""
-    options = direction_identity(config, positions) | {"dtype": str(scoring.dtype).removeprefix("torch.")}
+    """What makes this direction and no other: fields of Provenance. model: its fingerprint; dtype: its name."""
+    options = direction_identity(config, positions) | {"dtype": dtype}
     if config.preconditioner != "none":
         options["preconditioner_fingerprint"] = data_fingerprint(preconditioner_files(config))
     return {
-        "model_fingerprint": fingerprint(scoring.model),
+        "model_fingerprint": model,
         "parameters": parameters,
         "data_fingerprint": data_fingerprint(validation_files(config.validation)),
         "options": options,
@@ -60,6 +60,8 @@ def direction_identity(config: ScoreConfig | DirectionConfig, positions: str) ->
     settings = {name: getattr(config, name) for name in names} | {"positions": positions}
     if config.validation_objective == "dpo":
         settings |= {name: getattr(config, name) for name in ("validation_objective", "beta", "reference_model")}
+        if config.reference_model:
+            settings["reference_files"] = files_fingerprint(config.reference_model, config.trust_remote_code)
     if config.trunk_dtype:
         settings["trunk_dtype"] = config.trunk_dtype
     if config.preconditioner != "none":

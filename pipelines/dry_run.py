@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alphatoken import storage
+from alphatoken import storage, tensor_file
 from alphatoken.config import DataOptions, DirectionConfig, ScoreConfig, StageConfig
 from alphatoken.errors import UserError
 from alphatoken.fisher_config import FisherConfig
@@ -23,13 +23,15 @@ from alphatoken.rounds_config import RoundsConfig
 from alphatoken.run_folder import UNKNOWN, RunFolder, manifest_of
 from alphatoken.schedule import Schedule
 from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
+from alphatoken.targets import validation_files
 from alphatoken.tokenizer import load_config
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import LOCAL_CPUS
 from pipelines.direction import check_direction_inputs
+from pipelines.direction_identity import direction_run
 from pipelines.encode import make_encoder
 from pipelines.engines import choose_engine
-from pipelines.fisher import ANY_LENGTH, check_fisher
+from pipelines.fisher import ANY_LENGTH, check_fisher, fisher_run
 from pipelines.generate import check_generate, generate_identity
 from pipelines.live_values import data_options
 from pipelines.pair import check_pair
@@ -57,7 +59,7 @@ def dry_run(config: StageConfig) -> dict:
         if model := getattr(config, name, None):
             load_config(model, getattr(config, "trust_remote_code", False))
     _check_writable(config.output)
-    state = _file_state(config.output) if identity is None else _folder_state(config, identity)
+    state = _file_state(config) if identity is None else _folder_state(config, identity)
     return {"dry_run": True, "output": config.output, "state": state} | facts
 
 
@@ -72,8 +74,16 @@ def _folder_state(config: StageConfig, identity: dict) -> str:
     return "replace" if state == "new" and storage.list_names(folder.uri) else state
 
 
-def _file_state(path: str) -> str:
-    return "replace" if storage.exists(path) else "new"
+def _file_state(config: StageConfig) -> str:
+    if not storage.exists(config.output):
+        return "new"
+    if isinstance(config, DirectionConfig):
+        run = direction_run(config, config.parameters, config.positions or "all", UNKNOWN, UNKNOWN)
+        there = tensor_file.finished(config.output, "direction", run, config.overwrite)
+    else:
+        assert isinstance(config, FisherConfig)
+        there = tensor_file.finished(config.output, "fisher", fisher_run(config, UNKNOWN), config.overwrite)
+    return "finished" if there else "replace"
 
 
 def _check_writable(path: str) -> None:
@@ -119,7 +129,7 @@ def _usable(found: Survey | None) -> int | None:
 def _validation(config: ScoreConfig | DirectionConfig) -> Survey | None:
     pairs = config.validation_objective == "dpo"
     encode = sequence_encoder(config.model, config, config.trust_remote_code, pairs)
-    return _survey(plan_units(config.validation), encode)
+    return _survey(plan_units(validation_files(config.validation)), encode)
 
 
 def _prompts(reader: PromptReader) -> Callable[[dict], Sequences]:

@@ -161,9 +161,12 @@ def row_name(row: SourceRow, column: str = "id") -> str:
 
 
 def good_rows(
-    units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[Refused]
+    units: list[ReadUnit], encode: Callable[[dict], Any], refused: list[Refused], columns: dict[str, str] | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """(row id, what `encode` makes of it) of the usable rows; the others are added to `refused`."""
+    """(row id, what `encode` makes of it) of the usable rows; the others are added to `refused`, under the names that
+    rows have in `columns`.
+    """
+    id_column = (columns or {}).get("id", "id")
     for unit in units:
         for row in read_unit(unit):
             try:
@@ -171,7 +174,7 @@ def good_rows(
                     raise BadRowError(row.error)
                 yield row.row_id, encode(row.data)
             except BadRowError as error:
-                refused.append(Refused(row.row_id, row_name(row), row.source, row.position, str(error)))
+                refused.append(Refused(row.row_id, row_name(row, id_column), row.source, row.position, str(error)))
 
 
 def unfinished(rows: Iterator[SourceRow], finished: tuple[tuple[int, int], ...]) -> Iterator[SourceRow]:

@@ -4,10 +4,11 @@ Both take a data set of REQUESTS and give one of ANSWERS, in whatever order requ
 that fails comes back with its reason, and the others go on.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -83,6 +84,8 @@ def engine_room(options: EngineOptions) -> int:
 def choose_engine(options: EngineOptions) -> str:
     """vllm or transformers. Raises UserError where vLLM is asked for and not installed."""
     installed = importlib.util.find_spec("vllm") is not None
+    if installed and options.engine != "transformers":
+        _check_names(options.engine_options)
     if options.engine == "auto":
         return "vllm" if installed else "transformers"
     if options.engine == "vllm" and not installed:
@@ -91,6 +94,19 @@ def choose_engine(options: EngineOptions) -> str:
             "requirements/cpu.lock), or use --engine transformers"
         )
     return options.engine
+
+
+def _check_names(engine_options: dict[str, Any]) -> None:
+    """vLLM, which takes some seconds to import, is asked where there are any."""
+    if not engine_options:
+        return
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    if unknown := sorted(engine_options.keys() - known):
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--engine-options {unknown[0]}: vLLM has no such engine argument{hint}")
 
 
 def end_ids(model: str, trust_remote_code: bool) -> tuple[int, ...]:

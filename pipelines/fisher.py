@@ -29,7 +29,7 @@ from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import load_model
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.run_folder import RunFolder
-from alphatoken.sources import data_fingerprint, plan_units, read_unit
+from alphatoken.sources import check_outside, data_fingerprint, plan_units, read_unit
 from alphatoken.tokenizer import load_config
 from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
@@ -57,7 +57,7 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     connect(engine_room(config))
     with user_errors():
-        run = _run_of(config, ray.get(model_fingerprint.remote(config.model, config.trust_remote_code)))
+        run = fisher_run(config, ray.get(model_fingerprint.remote(config.model, config.trust_remote_code)))
         if there := tensor_file.finished(config.output, "fisher", run, config.overwrite):
             logger.info("%s is already finished", config.output)
             return asdict(there)
@@ -70,7 +70,7 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
             return ray.get(make.remote(config, run, folder.uri, torch_threads(), counter))
 
 
-def _run_of(config: FisherConfig, model: str) -> dict[str, Any]:
+def fisher_run(config: FisherConfig, model: Any) -> dict[str, Any]:
     """What makes this Fisher and no other: fields of Provenance. model: its fingerprint."""
     names = ("num_prompts", "max_prompt_tokens", "max_new_tokens", "seed", "columns", "dtype")
     options = {name: getattr(config, name) for name in names} | {"engine": choose_engine(config)}
@@ -112,6 +112,7 @@ def check_fisher(config: FisherConfig) -> EnginePlan:
             "the Fisher (Eq. 5) is defined for linear weights: use --parameters last-layers:K or all-linear"
         )
     check_prompt_source(plan_units(config.prompts), config.columns)
+    check_outside(config.output, config.prompts)
     model_config = load_config(config.model, config.trust_remote_code)
     with torch.device("meta"):  # an unknown layout must not cost the sampling first
         layout = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
@@ -135,7 +136,7 @@ def read_prompts(config: FisherConfig, longest: int) -> pa.Table:
     requests: list[dict[str, Any]] = []
     usable = 0
     for row in (row for unit in plan_units(config.prompts) for row in read_unit(unit)):
-        found = prompt_request(row, reader)
+        found = prompt_request(row, reader, config.columns.get("id", "id"))
         seed = sample_seed(config.seed, row.row_id, 0)
         requests.append(found | {"prompt_ids": found["prompt_ids"][-longest:], "seed": seed})
         usable += not found["reason"]

@@ -33,7 +33,7 @@ from alphatoken.model import fingerprint, load_model
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.readers import ROWS_PER_FILE
 from alphatoken.run_folder import RunFolder, row_id_runs
-from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row, plan_units, read_unit
+from alphatoken.sources import ReadUnit, SourceRow, check_outside, data_fingerprint, first_row, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
@@ -48,7 +48,7 @@ PROMPTS_PER_TABLE = 64
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {
     "output", "overwrite", "replicas", "gpus_per_replica", "cpus_per_replica", "tensor_parallel", "cpu_cache_gb",
-    "engine_options", "batch_tokens", "shard_rows",
+    "batch_tokens", "shard_rows",
 }  # fmt: skip
 
 Progress = Callable[[dict], None]  # called with running counts after every shard
@@ -112,6 +112,7 @@ def generate_identity(plan: PromptPlan, engine: str, fingerprints: dict) -> dict
 def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
     """Everything that is known without the weights. Raises UserError."""
     check_prompt_source(units, config.columns)
+    check_outside(config.output, config.prompts)
     files = units[-1].file_index + 1
     if files * ROWS_PER_FILE * config.samples > LARGEST_ROW_ID:
         raise UserError(f"{files} files with {config.samples} samples per prompt have too many rows: join the files")
@@ -238,9 +239,9 @@ def write_responses(
     for row in rows:
         carried = json.loads(row["carried"])
         if row["reason"]:
-            stage = "generate" if row["prompt_ids"] else "prompt"
+            refusing = "generate" if row["prompt_ids"] else "prompt"
             place = {name: carried[name] for name in ("id", "source", "position")}
-            refused.append(place | {"row_id": row["row_id"], "stage": stage, "reason": row["reason"]})
+            refused.append(place | {"row_id": row["row_id"], "stage": refusing, "reason": row["reason"]})
         else:
             responses.append(
                 row

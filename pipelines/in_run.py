@@ -7,6 +7,7 @@ that neither accumulation nor the number of workers changes a mask.
 N response tokens of a micro-batch, B rows (DPO: 2B, chosen ones first), T positions.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from pipelines.in_run_masks import Judged, keep_all, keep_share, keep_unsuspecte
 from pipelines.in_run_refresh import InRunPlan, Refreshing
 from pipelines.trainers import MaskedDPOTrainer, MaskedSFTTrainer
 
+logger = logging.getLogger(__name__)
+
 KEEP = "keep"  # N bool in a micro-batch whose mask was found before its forward pass
 
 Inputs = dict[str, torch.Tensor]
@@ -38,6 +41,11 @@ class _InRunTrainer(Refreshing):
         super().__init__(*args, **kwargs)
         if is_peft_model(self.model):
             raise ValueError("in-run values are those of whole weights")
+        if self.aux_loss_enabled:
+            logger.warning(
+                "in-run training leaves out the loss that balances the load of experts (router_aux_loss_coef %g); "
+                "rounds and training on a masked folder have it", self.router_aux_loss_coef,
+            )  # fmt: skip
         self.plan = plan
         self.in_run = InRun(self.model, plan.estimator, plan.options.parameters, plan.window)
         _route_forward(self.model, self.in_run)

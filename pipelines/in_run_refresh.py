@@ -64,7 +64,8 @@ class Refreshing(_Trainer):
             logger.warning(ALL_PLAIN, last, self.plan.plain_steps)
         if step < self.plan.plain_steps:
             return
-        if not self._ready or step - self._refreshed_at >= self.plan.refresh_every:
+        # By the step's number: a run that went on from a checkpoint refreshes when the whole run would have.
+        if not self._ready or (step - self.plan.plain_steps) % self.plan.refresh_every == 0:
             self._refresh()
         if self._direction is not None and (self.plan.fisher is not None or self._refreshed_at == step):
             self.in_run.set_direction(self._with_drift(self._direction))
@@ -112,7 +113,8 @@ class Refreshing(_Trainer):
         if self.plan.fisher is None:
             return direction
         assert self.plan.reference_weights is not None
-        drift = directions.drift(self.in_run.scoring, self.plan.reference_weights, self.plan.fisher)
+        weights = dict(self.in_run.scoring.model.named_parameters())
+        drift = directions.drift(weights, self.plan.reference_weights, self.plan.fisher)
         weight = self.plan.stability_weight
         return {
             name: tensor + weight * (drift[name] * self._scale[name] if self._scale else drift[name])

@@ -48,7 +48,7 @@ def check_live(config: TrainConfig) -> dict:
     token_classes.check_class_names(config.class_weights)
     _check_layers(config)
     _warn_of_few_rows(config)
-    found = {"validation": data_fingerprint(config.validation)}
+    found: dict[str, Any] = {"validation": data_fingerprint(config.validation)}
     if config.fisher:
         provenance = tensor_file.read_provenance(config.fisher, "fisher")
         if provenance.parameters != config.scored_parameters:
@@ -56,7 +56,7 @@ def check_live(config: TrainConfig) -> dict:
                 f"{config.fisher} covers --parameters {provenance.parameters}, this run scores "
                 f"{config.scored_parameters}; make it again with `alphatoken fisher`"
             )
-        found["fisher"] = provenance.model_fingerprint
+        found["fisher"] = vars(provenance)
     return found
 
 
@@ -99,7 +99,7 @@ def validation_batches(config: TrainConfig, device: torch.device, part: int = 0,
     """Every parts-th validation row from `part` on, in batches; all rows where there are fewer than parts."""
     encoder = make_encoder(config.model, data_options(config), config.trust_remote_code)
     refused: list[Refused] = []
-    rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder.encode, refused)]
+    rows = [encoded for _, encoded in good_rows(plan_units(config.validation), encoder.encode, refused, config.columns)]
     if not rows:
         raise UserError(f"no validation row can be used, so there is no direction {reasons(refused)}")
     if part == 0:

@@ -86,7 +86,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
         logger.warning(sentence)
     result = manifests.build_manifest(
         "mask",
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json") | {"rule": rule},
         counts,
         fingerprints,
         time.monotonic() - started,

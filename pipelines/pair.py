@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Settings that change where and how fast, but not what is written.
 NOT_IDENTITY = {
     "output", "overwrite", "replicas", "gpus_per_replica", "cpus_per_replica", "tensor_parallel", "cpu_cache_gb",
-    "engine_options", "batch_tokens",
+    "batch_tokens",
 }  # fmt: skip
 
 Progress = Callable[[dict], None]  # called with running counts after every shard

@@ -12,12 +12,13 @@ import pyarrow as pa
 from alphatoken import schema
 from alphatoken.batching import plan_batches
 from alphatoken.errors import BadRowError
+from alphatoken.evaluation import stop_ids
 from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import ScoringModel
 from alphatoken.pairing import Candidate, best_against_worst, distinct
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.sampling import Sample, draw_samples
-from alphatoken.tokenizer import end_of_turn_ids, load_tokenizer
+from alphatoken.tokenizer import load_tokenizer
 from alphatoken.verifiers import load_verifier, score_response
 from pipelines.engines import sample_seed
 
@@ -29,7 +30,7 @@ class PairGenerator:
         self.config, self.scoring = config, scoring
         self.verify = load_verifier(config.verifier, os.getcwd())
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        self.ends = end_of_turn_ids(scoring.model.config, self.tokenizer)
+        self.ends = stop_ids(scoring, self.tokenizer)
         self.options = SamplingOptions(
             temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=config.stop
         )

@@ -19,6 +19,7 @@ import ray.data
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage, tensor_file, token_classes
+from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
@@ -26,7 +27,16 @@ from alphatoken.model import fingerprint
 from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.run_folder import RunFolder
 from alphatoken.scoring import default_parameters
-from alphatoken.sources import ReadUnit, column_names, data_fingerprint, file_bytes, first_rows, plan_units
+from alphatoken.sources import (
+    ReadUnit,
+    check_outside,
+    column_names,
+    data_fingerprint,
+    file_bytes,
+    first_rows,
+    plan_units,
+)
+from alphatoken.targets import validation_files
 from alphatoken.tokenizer import check_same_vocabulary, load_tokenizer
 from pipelines import metrics
 from pipelines.blocks import map_blocks
@@ -103,6 +113,7 @@ def run_score(config: ScoreConfig, progress: Progress | None = None, preparing: 
 def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str | None:
     """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
     check_gpus("--num-actors", config.actor_range[0], config.gpus_per_actor)
+    check_outside(config.output, [*config.data, *validation_files(config.validation)])
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if pairs:
         check_pair_source(units, config)
@@ -137,8 +148,10 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
 
 def _check_kept(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> None:
     """Kept columns must not be columns of the output, which would then be theirs, and some file must have them."""
-    made = schema.SCORED_PAIRS if pairs else schema.SCORED
-    taken = {*made.names, *schema.TERMS} | {schema.ROW_ID.name, schema.ID.name}
+    made: list = [*schema.SCORED_PAIRS, *schema.MASKED_PAIRS_EXTRA] if pairs else [*schema.SCORED, *schema.MASKED_EXTRA]
+    taken = {*(field.name for field in [*made, schema.WEIGHTS]), *schema.TERMS}  # by now, or once it is masked
+    if len(set(config.keep_columns)) < len(config.keep_columns):
+        raise UserError(f"--keep-columns {' '.join(config.keep_columns)}: a column is named twice")
     for name in config.keep_columns:
         if name in taken or name.startswith(("adaptation.", "mean_adaptation.")):
             raise UserError(f"--keep-columns {name}: the output has a column of that name of its own; leave it out")
@@ -202,7 +215,22 @@ def input_fingerprints(config: ScoreConfig) -> dict:
         "direction": _file_identity(config.direction, "direction"),
         "fisher": _file_identity(config.fisher, "fisher"),
         "direction_settings": direction_identity(config, config.positions_for(config.estimator)),
+        **_training_rows(config),
+        **_reference_files(config),
     }
+
+
+def _training_rows(config: ScoreConfig) -> dict:
+    """Those behind a preconditioner, where they are not the data."""
+    given = config.preconditioner_data
+    return {"preconditioner_data": data_fingerprint(given)} if given else {}
+
+
+def _reference_files(config: ScoreConfig) -> dict:
+    """Of a model that only the actors load."""
+    if config.estimator != "excess_loss" or not config.reference_model:
+        return {}
+    return {"reference_files": files_fingerprint(config.reference_model, config.trust_remote_code)}
 
 
 def score_identity(config: ScoreConfig, parameters: str | None, fingerprints: dict) -> dict:

@@ -44,9 +44,6 @@ NOT_IDENTITY = {
     "output", "overwrite", "resume", "report_to", "gpus_per_worker", "cpus_per_worker", "max_failures",
     "gradient_checkpointing", "num_actors", "gpus_per_actor", "cpus_per_actor", "batch_tokens",
 }  # fmt: skip
-OWN_FILES = ("metrics.jsonl", "evaluation.parquet")
-OWN_FOLDERS = ("checkpoints", "encoded", "windows", "model", "adapter")
-STAGES = ("train", "rounds")
 TRAIN_PACKAGES = ("trl", "peft", "accelerate")
 RUN_NAME = "run"
 KEPT_CHECKPOINTS = 2
@@ -115,16 +112,9 @@ def finished_manifest(config: TrainConfig) -> dict:
 def _open(config: TrainConfig, plan: TrainPlan) -> RunFolder | None:
     """The output folder, ready for this run; None if the run has finished."""
     folder = RunFolder(storage.absolute(config.output))
-    run_file = storage.join(folder.uri, "run.json")
     identity = train_identity(config, plan)
-    replaces = config.overwrite and not (config.resume and folder.is_of(identity))
-    if replaces and storage.exists(run_file) and storage.read_json(run_file).get("stage") in STAGES:
-        # Before run.json goes: without it, nobody knows whose files these are.
-        storage.remove_file(storage.join(folder.uri, "manifest.json"))
-        for name in OWN_FILES:
-            storage.remove_file(storage.join(folder.uri, name))
-        for name in OWN_FOLDERS:
-            storage.remove_tree(storage.join(folder.uri, name))
+    if config.overwrite and not config.resume:
+        folder.clear()
     state = folder.open(identity, config.overwrite)
     check_resume(config, folder, state)
     return None if state == "finished" else folder

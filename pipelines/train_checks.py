@@ -15,7 +15,7 @@ from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
 from alphatoken.run_folder import manifest_of
-from alphatoken.sources import data_fingerprint, plan_units
+from alphatoken.sources import check_outside, data_fingerprint, plan_units
 from alphatoken.token_classes import token_class_table
 from alphatoken.tokenizer import check_same_vocabulary, load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
@@ -51,6 +51,7 @@ def check_train(config: TrainConfig, load_models: bool = True) -> TrainPlan:
     for source in config.data:
         if storage.same_place(storage.absolute(source), storage.absolute(config.output)):
             raise UserError(f"--output {config.output} is the data folder; give another one")
+    check_outside(config.output, [*config.data, *config.validation, *config.evaluation])
     if config.reference_model:
         check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     live = check_live(config) if config.validation else {}
@@ -175,13 +176,8 @@ def _config_or_none(name: str | None, trust_remote_code: bool):
 
 def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | None, load_models: bool) -> bool:
     """Whether the data's reference log-probabilities are used. UserError where there is no reference at all."""
-    found = storage.read_schema(shard)
-    stored = set(REFERENCE_COLUMNS) <= set(found.names)
-    per_token = set(REFERENCE_TOKENS) <= set(found.names) or (
-        stored and all(types.is_list(found.field(name).type) for name in REFERENCE_COLUMNS)
-    )
-    if stored and not per_token and (config.dpo_mask == "ratio" or config.max_length):
-        why = "--dpo-mask ratio needs them per token" if config.dpo_mask == "ratio" else "--max-length cuts responses"
+    stored = set(REFERENCE_COLUMNS) <= set(storage.read_schema(shard).names)
+    if stored and (why := _why_sums_are_no_use(config, shard)):
         if not (config.reference_model or config.lora_rank):
             raise UserError(
                 f"{config.folder} has reference log-probabilities of whole responses only, and {why}; "
@@ -196,6 +192,16 @@ def _check_reference(config: TrainConfig, shard: str, stored_fingerprint: str | 
             "give --reference-model"
         )
     return stored
+
+
+def _why_sums_are_no_use(config: TrainConfig, shard: str) -> str | None:
+    """Where a shard has reference log-probabilities of whole responses only, and training needs them per token."""
+    if not (config.dpo_mask == "ratio" or config.max_length):
+        return None
+    found = storage.read_schema(shard)
+    if set(REFERENCE_TOKENS) <= set(found.names) or all(types.is_list(found.field(n).type) for n in REFERENCE_COLUMNS):
+        return None
+    return "--dpo-mask ratio needs them per token" if config.dpo_mask == "ratio" else "--max-length cuts responses"
 
 
 def _same_reference(name: str, config: TrainConfig, stored_fingerprint: str | None) -> bool:
@@ -229,6 +235,11 @@ def _check_evaluation(config: TrainConfig, stored_reference: bool) -> tuple[list
     missing = wanted - set(storage.read_schema(shards[0]).names)
     if missing:
         raise UserError(f"--evaluation {config.evaluation[0]} lacks the columns {', '.join(sorted(missing))}")
+    if stored_reference and (why := _why_sums_are_no_use(config, shards[0])):
+        raise UserError(
+            f"--evaluation {config.evaluation[0]} has reference log-probabilities of whole responses only, and {why}; "
+            "score and mask it anew"
+        )
     return shards, manifests.fingerprint(storage.read_json(storage.join(first, "manifest.json")))
 
 
@@ -240,7 +251,7 @@ def write_evaluation(config: TrainConfig, plan: TrainPlan, uri: str) -> list[str
     refused: list[Refused] = []
     records = [
         {"input_ids": row.input_ids, "response_mask": row.response_mask}
-        for _, row in good_rows(plan_units(config.evaluation), encoder.encode, refused)
+        for _, row in good_rows(plan_units(config.evaluation), encoder.encode, refused, config.columns)
     ]
     if not records:
         raise UserError(f"--evaluation: no row can be used: {reasons(refused) or 'the files are empty'}")

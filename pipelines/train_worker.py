@@ -169,7 +169,8 @@ def in_run_plan(config: TrainConfig, args: Any) -> Any:
 def _evaluation_rows(config: TrainConfig, settings: dict) -> Any:
     if not settings["evaluation_shards"]:
         return None
-    columns = columns_for(config.objective, [], False, settings["stored_reference"])
+    there = storage.read_schema(settings["evaluation_shards"][0]).names
+    columns = columns_for(config.objective, there, False, settings["stored_reference"])
     if config.objective == "sft":  # the mask plays no part
         columns = ["input_ids", "response_mask"]
     return load_rows(settings["evaluation_shards"], columns)

@@ -230,6 +230,7 @@ class MaskedDPOTrainer(_MaskedTrainer, DPOTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    aux_loss_enabled: bool  # TRL's: whether experts' load is balanced
 
     def __init__(self, *args: Any, dpo_mask: DPOMask = "loss", **kwargs: Any) -> None:
         self.dpo_mask = dpo_mask
@@ -256,7 +257,12 @@ class MaskedDPOTrainer(_MaskedTrainer, DPOTrainer):
             inputs["completion_mask"] = kept.long()
         else:
             model = _DetachMasked(model, kept)
-        mean = super().compute_loss(model, inputs)
+        balanced = self.aux_loss_enabled
+        self.aux_loss_enabled = balanced and num_items_in_batch is not None  # no part of a held-out loss
+        try:
+            mean = super().compute_loss(model, inputs)
+        finally:
+            self.aux_loss_enabled = balanced
         # A filler pair has no response: its loss is -log sigmoid(0), without gradient.
         found = losses.LossSum(mean * len(real) - (~real).sum() * math.log(2), real.sum())
         if num_items_in_batch is None:

@@ -29,7 +29,8 @@ def validation_blocks(
     """Every second usable row, from row `half` on. Those that cannot be used are added to `refused` by half 0."""
     pairs = config.validation_objective == "dpo"
     encode = (PairEncoder(encoder) if pairs else encoder).encode
-    rows = islice(good_rows(plan_units(config.validation), encode, [] if half else refused), half, None, 2)
+    usable = good_rows(plan_units(config.validation), encode, [] if half else refused, config.columns)
+    rows = islice(usable, half, None, 2)
     while block := list(islice(rows, ROWS_IN_MEMORY)):
         yield block
 

@@ -65,7 +65,7 @@ class WindowScorer:
             self.class_of = torch.from_numpy(class_of_ids(config.model, config.trust_remote_code))
         self.fisher: directions.Tensors | None = None
         self.reference: directions.Tensors | None = None
-        if found := load_fisher(config, self.device):
+        if found := load_fisher(config, torch.device("cpu")):
             self.fisher, self.reference = found
         self.rows = load_rows(shards, COLUMNS[config.data_kind]).with_format("arrow")
         self.policy_reference: ScoringModel | None = None  # dpo: what the policy is tied to
@@ -129,12 +129,11 @@ class WindowScorer:
         return score_pair_table(table, pairs, tokens, self.device, self.config.beta)
 
     def drift(self, snapshot: Snapshot) -> directions.Tensors | None:
-        """F * (W - W_ref) at the snapshot; None without a Fisher."""
+        """F * (W - W_ref) at the snapshot, of the trainer's own weights, not rounded; None without a Fisher."""
         if self.fisher is None:
             return None
         assert self.reference is not None
-        self._load(snapshot)
-        return {name: t.cpu() for name, t in directions.drift(self.scoring, self.reference, self.fisher).items()}
+        return directions.drift(snapshot.weights, self.reference, self.fisher)
 
     def _estimator(self, direction: directions.Tensors | None, drift: directions.Tensors | None):
         if direction is None:

@@ -1,5 +1,6 @@
 """A checkpoint is known by its files: a run does not go on with another one under the same name."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from masked_folder import sft_rows, write_masked, write_model
 
 from alphatoken import storage
 from alphatoken.checkpoint_files import BLOCK, BLOCKS, _starts, files_fingerprint
+from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.run_folder import RunFolder
 from alphatoken.train_config import TrainConfig
+from pipelines.direction_identity import direction_identity
+from pipelines.score import input_fingerprints
 from pipelines.train import train_identity
 from pipelines.train_checks import check_train
 
@@ -80,3 +84,44 @@ def test_training_does_not_go_on_with_another_model_of_the_same_name(tmp_path, m
     write_model(Path(getattr(config, which)), seed=1)
     with pytest.raises(UserError, match=f"holds the output of a different run.*fingerprints.{which}_files"):
         opened()
+
+
+@pytest.mark.parametrize("changed", ["preconditioner", "reference"])
+def test_what_a_score_run_depends_on_by_content(tmp_path, model, changed):
+    """Not by name alone: the same command would go on, or be finished, with what is no longer there."""
+    reference, rows = write_model(tmp_path / "reference"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    base = {"data": [str(rows)], "model": model, "output": str(tmp_path / "out")}
+    own = tmp_path / "moments.jsonl"
+    own.write_text(rows.read_text())
+    config = {
+        "preconditioner": ScoreConfig(
+            **base, validation=[str(rows)], preconditioner="adam", preconditioner_data=[str(own)]
+        ),
+        "reference": ScoreConfig(**base, estimator="excess_loss", reference_model=reference),
+    }[changed]
+    before = input_fingerprints(config)
+    assert input_fingerprints(config) == before
+    own.write_text(rows.read_text() * 2)
+    write_model(Path(reference), seed=1)
+    assert input_fingerprints(config) != before
+
+
+def test_a_direction_by_pairs_depends_on_the_weights_of_its_reference(tmp_path, model):
+    reference = write_model(tmp_path / "reference")
+    config = DirectionConfig(
+        model=model, output="o", validation=["v"], validation_objective="dpo", reference_model=reference
+    )
+    before = direction_identity(config, "all")
+    write_model(Path(reference), seed=1)
+    assert direction_identity(config, "all") != before
+
+
+def test_an_adapter_counts_with_its_base_model(tmp_path, model):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
+    before = files_fingerprint(str(adapter))
+    assert before not in (files_fingerprint(model), None)
+    write_model(Path(model), seed=1)
+    assert files_fingerprint(str(adapter)) != before

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
+from alphatoken.generate_config import EngineOptions
 from alphatoken.mask_config import MaskConfig
 from alphatoken.train_config import TrainConfig
 from jobs import cli, main
@@ -60,6 +61,44 @@ def test_yaml_and_precedence(tmp_path):
     assert parse([*GIVEN, "--config", str(file)]).keep_fraction == 0.5
     file.write_text("num_actors: 2\nmodel: m\ndata: [a]\nvalidation: [v]\noutput: o\n")
     assert parse(["--config", str(file)], ScoreConfig).num_actors == "2"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("keep_fraction", 0.3), ("estimator", "exact"), ("class_weights", {"digits": 0.0}),
+    ("preconditioner", "adam"), ("refresh_every", 5), ("validation", ["v"]), ("rule", "suspect")]
+)  # fmt: skip
+def test_options_of_live_values_are_refused_where_masks_are_there_already(option, value):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} needs --in-run"):
+        TrainConfig(data=["d"], model="m", output="o", **{option: value})
+    TrainConfig(**TrainConfig(data=["d"], model="m", output="o", beta=0.3).model_dump())
+
+
+def test_options_without_an_effect_are_refused():
+    in_run = {"data": ["d"], "model": "m", "output": "o", "in_run": True, "validation": ["v"]}
+    with pytest.raises(ValueError, match="--keep-fraction is a setting of --rule share, not of surprising"):
+        TrainConfig(**in_run, rule="surprising", keep_fraction=0.5)
+    score = {"data": ["d"], "model": "m", "output": "o"}
+    with pytest.raises(ValueError, match="--preconditioner-data is for --preconditioner adam"):
+        ScoreConfig(**score, validation=["v"], preconditioner_data=["d"])
+    with pytest.raises(ValueError, match="--fisher is for exact and value_propagation; loss knows no stability"):
+        ScoreConfig(**score, estimator="loss", fisher="f", reference_model="r")
+    with pytest.raises(ValueError, match="--engine-options are for --engine vllm"):
+        EngineOptions(engine="transformers", engine_options={"max_num_seqs": 4})
+
+
+def test_engine_options_have_types_on_the_command_line():
+    given = {"max_num_seqs": "16", "gpu_memory_utilization": "0.8", "enforce_eager": "False", "quantization": "fp8"}
+    found = EngineOptions(engine_options=given).engine_options
+    assert found == {
+        "max_num_seqs": 16, "gpu_memory_utilization": 0.8, "enforce_eager": False, "quantization": "fp8"
+    }  # fmt: skip
+
+
+def test_a_range_in_yaml_is_no_number_in_base_60(tmp_path):
+    (tmp_path / "run.yaml").write_text("num_actors: 1:4\nmax_length: 1_024\nbeta: 1.5e-1\n")
+    options = {"config": str(tmp_path / "run.yaml"), "model": "m", "data": ["d"], "output": "o", "validation": ["v"]}
+    config = cli._build(ScoreConfig, options)
+    assert config.num_actors == "1:4" and config.max_length == 1024 and config.beta == 0.15
 
 
 def test_a_manifest_is_a_config_file(tmp_path):

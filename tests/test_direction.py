@@ -4,11 +4,14 @@ import pytest
 import torch
 from oracles import captures, double, gradient, linear_matrix, mean_gradient, positions, relative_error, token_losses
 from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, VOCABULARY, random_rows, tiny_model
+from transformers import OPTForCausalLM
 
 from alphatoken import direction
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import make_batch
+from alphatoken.capture import by_position
 from alphatoken.errors import UserError
+from alphatoken.fisher import diagonal_fisher
 from alphatoken.model import prepare_model
 
 
@@ -110,6 +113,25 @@ def test_response_positions_sum_outer_products_there_only(architecture):
     assert_close(found, {n: linear_matrix(model, n, e) / count for n, e in expected.items()})
 
 
+def test_layers_that_see_rows_and_positions_as_one_dimension():
+    """OPT's feed-forward ones. Where all but the first token is response, their positions are all that count."""
+    opt = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    opt |= {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "model_type": "opt"}
+    scoring = prepare_model(tiny_model("llama", **opt))
+    assert isinstance(scoring.model, OPTForCausalLM)
+    ids = [row[:6] for row in random_rows(seed=6, count=3)[0]]
+    batches = [make_batch(ids, [[False] + [True] * 5] * 3)]
+    everywhere, there = (
+        direction.mean_gradient(scoring, batches, direction.GradientOptions("last-layers:1", positions=positions))
+        for positions in ("all", "response")
+    )
+    assert_close(there.tensors, everywhere.tensors)
+    shapes = {name: parameter.shape for name, parameter in scored_parameters(scoring.model, "last-layers:1").items()}
+    assert {name: t.shape for name, t in diagonal_fisher(scoring, batches, "last-layers:1").tensors.items()} == shapes
+    with pytest.raises(UserError, match=r"m works on tensors of shape \(7, 4\), not on rows and positions"):
+        by_position({"m": torch.zeros(7, 4)}, batches[0])
+
+
 def test_second_moments_and_adam_scale():
     model = tiny_model("llama")
     oracle = double(model)
@@ -127,16 +149,16 @@ def test_second_moments_and_adam_scale():
 
 def test_drift_is_fisher_times_distance_and_zero_at_the_reference():
     model = tiny_model("llama")
-    scoring = prepare_model(model)
-    names = list(scored_parameters(model, "last-layers:1"))
+    weights = scored_parameters(model, "last-layers:1")
+    names = list(weights)
     here = {n: p.detach().clone() for n, p in scored_parameters(model, "last-layers:1").items()}
     fisher = {n: torch.rand_like(here[n]) for n in names}
-    assert not any(d.any() for d in direction.drift(scoring, here, fisher).values())
+    assert not any(d.any() for d in direction.drift(weights, here, fisher).values())
     moved = {n: here[n] - 0.5 for n in names}
-    for n, d in direction.drift(scoring, moved, fisher).items():
+    for n, d in direction.drift(weights, moved, fisher).items():
         torch.testing.assert_close(d, fisher[n] * 0.5, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match=names[0]):
-        direction.drift(scoring, {}, fisher)
+        direction.drift(weights, {}, fisher)
 
 
 def test_nothing_with_weight_is_an_error():

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
 
-from alphatoken import schema, storage
-from alphatoken.config import ScoreConfig
+from alphatoken import schema, storage, tensor_file
+from alphatoken.config import DirectionConfig, ScoreConfig
+from alphatoken.fisher_config import FisherConfig
 from alphatoken.run_folder import UNKNOWN, RunFolder
 from jobs import cli, main
 from pipelines import dry_run
+from pipelines.direction_identity import direction_run
+from pipelines.fisher import fisher_run
 from tests.masked_folder import pair_rows, sft_rows, write_masked
 
 REFERENCE = {f"ref_{side}_logps": -1.0 for side in schema.BRANCHES}
@@ -162,16 +166,41 @@ def test_output_folders_of_all_kinds(commands, tmp_path, capsys):
     assert code == 2 and "thesis.tex" in stderr
 
 
-def parsed(argv: list[str], output: Path) -> ScoreConfig:
+def parsed(argv: list[str], output: Path | str, kind: type = ScoreConfig) -> Any:
     seen: list = []
-    assert cli.run(ScoreConfig, lambda config: seen.append(config), [*argv, "--output", str(output)]) == 0
+    assert cli.run(kind, lambda config: seen.append(config), [*argv, "--output", str(output)]) == 0
     return seen[0]
 
 
-def test_files_that_are_there_are_replaced(commands, tmp_path, capsys):
-    (tmp_path / "d.safetensors").write_bytes(b"")
+def test_of_a_direction_of_several_targets_all_rows_are_counted(commands, files, tmp_path, capsys):
+    more = tmp_path / "more.jsonl"
+    more.write_text(Path(files["rows"]).read_text())
+    for command in ("direction", "score"):
+        given = commands[command][: commands[command].index("--validation") + 1]
+        given += [f"a={files['rows']}", f"b={more}", "--output", str(tmp_path / "out")]
+        code, found, stderr = outcome([command, *given], capsys)
+        assert code == 0, stderr
+        assert found["rows" if command == "direction" else "validation_rows"] == {"direction": 18, "score": 16}[command]
+
+
+@pytest.mark.parametrize("kind", ["direction", "fisher"])
+def test_files_of_other_runs_are_replaced_on_demand(kind, commands, tmp_path, capsys):
+    path = str(tmp_path / "it.safetensors")
+    command = [kind, *commands[kind], "--output", path]
+    assert outcome(command, capsys)[1]["state"] == "new"
+    config = parsed(commands[kind], path, {"direction": DirectionConfig, "fisher": FisherConfig}[kind])
+    run = direction_run(config, "all-linear", "all", "m", "float32") if kind == "direction" else fisher_run(config, "m")
+    about = tensor_file.Provenance(kind=kind, num_rows=1, num_tokens=1, **run)
+    tensor_file.save(path, tensor_file.TensorFile(about, {}))
+    assert outcome(command, capsys)[1]["state"] == "finished"
+    other = [*command, "--parameters", "last-layers:1"]
+    code, _, stderr = outcome(other, capsys)
+    assert code == 2 and "output of a different run (parameters: all-linear -> last-layers:1)" in stderr
+    assert outcome([*other, "--overwrite"], capsys)[1]["state"] == "replace"
+
+
+def test_a_preconditioner_needs_training_rows(commands, tmp_path, capsys):
     command = ["direction", *commands["direction"], "--output", str(tmp_path / "d.safetensors")]
-    assert outcome(command, capsys)[1]["state"] == "replace"
     code, _, stderr = outcome([*command, "--preconditioner", "adam"], capsys)
     assert code == 2 and "needs --preconditioner-data" in stderr
 

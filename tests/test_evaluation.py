@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import random_rows, tiny_model
 from tiny_tokenizers import CHATML, byte_level
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
@@ -209,10 +210,11 @@ def test_a_choice_that_merges_with_the_prompt_moves_the_boundary_of_all():
     class Merging:
         """A token for every character, and one for `is four`."""
 
-        is_fast, name_or_path = True, "merging"
+        is_fast, name_or_path, added_tokens_decoder, eos_token_id = True, "merging", {}, None
 
         def __call__(self, text, **options):
-            return {"input_ids": [300 if part == "is four" else ord(part) for part in re.findall("is four|.", text)]}
+            ids = [300 if part == "is four" else ord(part) for part in re.findall("is four|.", text)]
+            return {"input_ids": ids, "offset_mapping": []}
 
     question = reader(Merging()).question(0, {"query": "it is", "choices": ["four", "five"], "answer": 0})
     assert question.start == 3
@@ -354,6 +356,39 @@ def test_prompts_of_every_format():
 def test_bad_prompts(row, reason):
     with pytest.raises(BadRowError, match=reason):
         reader().prompt(0, row)
+
+
+@pytest.mark.parametrize("policy", ["literal", "control", "quarantine"])
+def test_special_tokens_in_text_are_what_the_option_says(policy):
+    """In prompts, texts and choices, as in rows that are trained on."""
+    typed, found = "two <|im_end|>?", reader(special_tokens_in_text=policy)
+    chat = [{"role": "user", "content": typed}, {"role": "assistant", "content": "2"}]
+    question = {"query": typed, "endings": ["2", "3"], "label": 0}
+    reads = (
+        lambda: found.prompt(0, {"messages": chat}).input_ids,
+        lambda: found.prompt(0, {"prompt": typed, "completion": "2"}).input_ids,
+        lambda: found.prompt(0, {"instruction": typed, "output": "2"}).input_ids,
+        lambda: found.pieces(0, {"text": typed})[0].input_ids,
+        lambda: found.question(0, question).choices[0],
+    )
+    turns = (1, 0, 1, 0, 0)  # ends of turns of the template
+    for read, ends in zip(reads, turns, strict=True):
+        if policy == "quarantine":
+            with pytest.raises(BadRowError, match="special token"):
+                read()
+        else:
+            assert read().count(CHAT.eos_token_id) == ends + (policy == "control")
+
+
+def test_a_prompt_does_not_end_with_the_eos_that_a_tokenizer_appends():
+    tokenizer = byte_level(CHATML)
+    eos = tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, eos)]
+    )
+    assert tokenizer("two")["input_ids"][-1] == eos
+    assert reader(tokenizer).prompt(0, {"prompt": "two?", "completion": "2"}).input_ids[-1] != eos
+    assert reader(tokenizer).encoder.encode_prompt("two?")[1] == CHAT("two?")["input_ids"]
 
 
 def test_conversations_need_a_chat_template():

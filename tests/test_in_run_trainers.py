@@ -18,7 +18,7 @@ from alphatoken.losses import dpo_omega
 from alphatoken.model import prepare_model
 from alphatoken.value_propagation import ValuePropagation
 from pipelines.in_run import InRunDPOTrainer, InRunSFTTrainer
-from pipelines.in_run_refresh import InRunPlan
+from pipelines.in_run_refresh import InRunPlan, Refreshing
 from pipelines.moments import moment_states
 from pipelines.train_data import DPOCollator, SFTCollator
 from tests import hand_written
@@ -208,6 +208,20 @@ def test_the_direction_is_refreshed_every_k_steps_after_the_plain_ones(tmp_path)
     assert trainer.refreshes == 3  # before steps 2, 5 and 8
 
 
+def test_a_run_that_went_on_refreshes_when_the_whole_run_does(tmp_path, monkeypatch):
+    """And at once, for it has no direction yet."""
+    plan = plan_of("exact", plain_steps=2, refresh_every=3)
+    options = {"per_device_train_batch_size": 2, "max_steps": 9, "learning_rate": 1e-3, "save_strategy": "steps"}
+    rows, refreshed = sft_rows(20), []
+    refresh = Refreshing._refresh
+    monkeypatch.setattr(Refreshing, "_refresh", lambda self: (refreshed.append(self.state.global_step), refresh(self)))
+    sft_trainer(tmp_path, small_model(), rows, plan, save_steps=4, **options).train()
+    assert refreshed == [2, 5, 8]
+    trainer = sft_trainer(tmp_path, small_model(), rows, plan, save_steps=4, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert refreshed[3:] == [4, 5, 8]
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_run_of_plain_steps_only_says_so(tmp_path, caplog, steps):
     plan = plan_of("exact", plain_steps=2)
@@ -275,7 +289,7 @@ def test_drift_is_that_of_the_current_weights(tmp_path):
     weights = {name: dict(reference.named_parameters())[name].detach().clone() for name in names}
     plan = plan_of("exact", fisher=fisher, reference_weights=weights, stability_weight=2.0, refresh_every=10)
     trainer = sft_trainer(tmp_path, small_model(), rows, plan, per_device_train_batch_size=4, max_steps=2)
-    seen = record_directions(trainer, lambda: drift(trainer.in_run.scoring, weights, fisher))
+    seen = record_directions(trainer, lambda: drift(dict(trainer.model.named_parameters()), weights, fisher))
     trainer.train()
     assert len(seen) == 2 and trainer.refreshes == 1
     (first, none_yet), (second, moved) = seen

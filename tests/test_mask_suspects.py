@@ -163,3 +163,12 @@ def test_the_rule_that_suits_a_folder() -> None:
     with pytest.raises(ValueError, match="--scope is a setting of --rule share, not of suspect"):
         config(rule="suspect", scope="dataset")
     assert config(rule="suspect", stability_weight=0.0, weights=True).rule == "suspect"
+
+
+@pytest.mark.parametrize("given", [{}, {"keep_fraction": 0.8}, {"preset": "paper"}, {"rule": "surprising"}])
+def test_a_manifest_repeats_the_rule(given) -> None:
+    """It has every setting, those of other rules too."""
+    known = {"loss_profile": {"rows": 24, "classes": {}, "row": None}}
+    first = MaskConfig(input="i", output="o", **given)
+    again = MaskConfig(**first.model_dump() | {"rule": rule_for(first, known)})
+    assert rule_for(again, known) == rule_for(first, known) and again.keep_fraction == first.keep_fraction

@@ -174,6 +174,9 @@ def test_what_does_not_fit_is_refused():
         ({"generate": 1, "objective": "dpo"}, "a pair needs two responses"),
         ({"validation_objective": "dpo"}, "is for `alphatoken score`"),
         ({"in_run": True}, "is an option of `alphatoken train`"),
+        ({"rule": "surprising", "drop_sequences": 0.2}, "--drop-sequences goes by mean value, and --rule surprising"),
+        ({"rule": "suspect", "keep_fraction": 0.7}, "--keep-fraction is a setting of --rule share, not of suspect"),
+        ({"rule": "surprising", "scope": "sequence"}, "--scope is a setting of --rule share, not of surprising"),
     ):
         with pytest.raises(ValueError, match=match):
             RoundsConfig(**(base | settings))
@@ -194,7 +197,9 @@ def test_the_default_rule():
     assert RoundsConfig(**base, objective="dpo").rule == "none"
     for settings in ({"keep_fraction": 0.7}, {"scope": "sequence"}, {"preset": "paper"}):
         assert RoundsConfig(**base, **settings).rule == "share"
-    assert RoundsConfig(**base, keep_fraction=0.7, rule="surprising").rule == "surprising"
+    assert RoundsConfig(**base, preset="paper", rule="surprising").rule == "surprising"
+    again = RoundsConfig(**base).model_dump()  # as a manifest has it
+    assert RoundsConfig(**again).rule == "suspect"
 
 
 def test_the_schedule_is_the_trainer_s(inputs, tmp_path):

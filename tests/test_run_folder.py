@@ -120,6 +120,19 @@ def test_a_run_that_wrote_no_shard_is_in_nobody_s_way(folder):
         folder.open(IDENTITY)
 
 
+@pytest.mark.parametrize(("stage", "left"), [("train", "encoded"), ("rounds", "windows"), ("export", "dataset")])
+def test_what_a_stage_has_beside_its_shards_goes_with_it(folder, stage, left):
+    """Else the next run takes it for its own, or its own stage refuses it."""
+    folder.open(IDENTITY | {"stage": stage})
+    for name in (left, "notes"):
+        storage.write_json({}, storage.join(folder.uri, name, "run.json"))
+    assert folder.open(IDENTITY | {"stage": stage, "config": {}}) == "new"
+    assert left not in names(folder) and "notes" in names(folder)
+    storage.write_json({}, storage.join(folder.uri, left, "run.json"))
+    folder.clear()
+    assert left not in names(folder) and "notes" in names(folder)
+
+
 def test_many_differences_are_cut(folder):
     folder.open({"config": {str(number): 0 for number in range(8)}})
     folder.write_shard(rows(1), None, record(1))

@@ -52,6 +52,16 @@ def test_weights_of_a_window():
     assert schedule(plain_steps=8).windows == []
 
 
+@pytest.mark.parametrize("plain_steps", [0, 1, 3, 4, 9])
+def test_pairs_that_are_generated_are_valued_once_the_plain_steps_are_over(plain_steps):
+    """Every step has a window, for its pairs, and those of the plain steps end with them."""
+    found = schedule(generates=True, plain_steps=plain_steps, refresh_every=3)
+    steps = [(step, found.is_plain(window)) for window in found.windows for step in range(window.start, window.stop)]
+    assert steps == [(step, step < plain_steps) for step in range(8)]
+    assert all(found.window_at(step).start <= step < found.window_at(step).stop for step in range(8))
+    assert all(window.stop - window.start <= 3 for window in found.windows)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_split_evenly(parts):
     lengths = np.random.default_rng(0).integers(1, 50, size=40)

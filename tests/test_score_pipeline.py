@@ -200,7 +200,7 @@ def test_direction_and_fisher_files_give_stability(tiny_checkpoint, files, tmp_p
     same = fisher.model_copy(update={"output": str(tmp_path / "same.safetensors"), "batch_tokens": 64})
     seen: list[tuple[str, float]] = []
     run_fisher(same, lambda what, done: seen.append((what, done)))
-    assert seen[-1] == ("gradients", 8) and dry_run(same)["state"] == "replace"
+    assert seen[-1] == ("gradients", 8) and dry_run(same)["state"] == "finished"
     one, other = (tensor_file.load(config.output, "fisher").group("fisher") for config in (fisher, same))
     for name, tensor in one.items():  # the samples are those of (seed, prompt), whoever draws them
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-9)
@@ -278,6 +278,8 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(scored):
         ({"class_weights": {"vowels": 0.0}}, "vowels"),
         ({"direction": "nowhere.safetensors", "validation": []}, "nowhere.safetensors"),
         ({"keep_columns": ["topic", "mean_loss"]}, "--keep-columns mean_loss: the output has a column of that name"),
+        ({"keep_columns": ["labels"]}, "--keep-columns labels: the output has a column of that name"),
+        ({"keep_columns": ["topic", "topic"]}, "--keep-columns topic topic: a column is named twice"),
         ({"keep_columns": ["topik"]}, "--keep-columns topik: the first row of no data file .* has id, messages, sou"),
     ],
 )

@@ -6,15 +6,16 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, random_rows, tiny_model
 
-from alphatoken import schema
+from alphatoken import schema, tensor_file
 from alphatoken.architecture import scored_parameters
 from alphatoken.baselines import Baseline
 from alphatoken.batching import make_batch
+from alphatoken.config import ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.failed_batches import is_out_of_memory
-from alphatoken.model import prepare_model
-from alphatoken.scoring import NOT_FINITE, score_table
+from alphatoken.model import fingerprint, load_model, prepare_model
+from alphatoken.scoring import NOT_FINITE, _drift, score_table
 from alphatoken.value_propagation import ValuePropagation
 from alphatoken.values import TokenValues
 
@@ -206,3 +207,28 @@ def test_errors_that_no_smaller_batch_can_help_are_raised_at_once(error):
     with pytest.raises(type(error), match=str(error)):
         score_table(encoded(ids, masks), estimator, 10**6, CPU)
     assert estimator.calls == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("step", [0.0, 1e-5])
+def test_drift_is_that_of_the_stored_weights_in_whatever_dtype_is_computed(tmp_path, dtype, step):
+    """Training moves weights by less than bfloat16 rounds them."""
+    folder, moved = (str(tmp_path / name) for name in ("reference", "moved"))
+    model = tiny_model("llama")
+    model.save_pretrained(folder)
+    reference = {name: p.detach().clone() for name, p in scored_parameters(model, "last-layers:1").items()}
+    fisher = {name: torch.rand_like(tensor) for name, tensor in reference.items()}
+    about = tensor_file.Provenance("fisher", fingerprint(model), "last-layers:1", "", 1, 1)
+    path = str(tmp_path / "fisher.safetensors")
+    tensor_file.save(path, tensor_file.TensorFile(about, {f"fisher/{name}": t for name, t in fisher.items()}))
+    with torch.no_grad():
+        for name, parameter in scored_parameters(model, "last-layers:1").items():
+            parameter += step * torch.randn_like(reference[name])
+    model.save_pretrained(moved)
+    config = ScoreConfig(
+        model=moved, data=["d"], output="o", direction="d", fisher=path, reference_model=folder, dtype=dtype
+    )
+    found = _drift(config, load_model(moved, dtype, CPU), "last-layers:1", {})
+    for name, parameter in scored_parameters(model, "last-layers:1").items():
+        torch.testing.assert_close(found[name], fisher[name] * (parameter.detach() - reference[name]))
+    assert any(tensor.any() for tensor in found.values()) == bool(step)

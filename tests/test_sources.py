@@ -13,7 +13,7 @@ import pytest
 
 from alphatoken import readers, sources
 from alphatoken.errors import UserError
-from alphatoken.sources import column_names, data_fingerprint, plan_units, read_unit
+from alphatoken.sources import check_outside, column_names, data_fingerprint, plan_units, read_unit
 
 
 def rows(*numbers: int) -> list[dict]:
@@ -160,6 +160,20 @@ def test_every_row_of_a_damaged_row_group_is_accounted_for(tmp_path):
 
 
 # Which files
+
+
+def test_an_output_in_a_data_folder_is_refused(tmp_path):
+    """Its files would be data the next time: held-out rows among those that are trained on."""
+    write(tmp_path / "data" / "a.jsonl", json_lines(rows(0)))
+    file, folder = str(tmp_path / "data" / "a.jsonl"), str(tmp_path / "data")
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, f"{folder}/out", f"{folder}/deep/out/", f"{tmp_path}/link/out"):
+        with pytest.raises(UserError, match="lies in the data folder .*/data, so it would be read as data itself"):
+            check_outside(place, [file, folder])
+    check_outside(f"{folder}-2", [folder])
+    check_outside(f"{folder}/out", [file, "hub/name"])
+    (tmp_path / "data" / "run.json").write_text("{}")
+    check_outside(f"{folder}/out", [folder])  # of a run's folder data/ alone is read
 
 
 def test_globs_and_the_order_of_files(tmp_path):

@@ -10,11 +10,15 @@ import torch
 pytest.importorskip("trl")
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from alphatoken import storage
 from alphatoken.errors import UserError
-from pipelines.train_data import FILLER, EpochBatches
+from alphatoken.train_config import TrainConfig
+from pipelines.train_checks import _why_sums_are_no_use
+from pipelines.train_data import FILLER, EpochBatches, data_shards
+from pipelines.train_worker import _evaluation_rows
 from pipelines.trainers import DPOCollator, MaskedDPOTrainer, MaskedSFTTrainer, SFTCollator
 from tests import hand_written
-from tests.masked_folder import pair_rows, sft_rows
+from tests.masked_folder import pair_rows, sft_rows, write_masked
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_level
 
@@ -63,14 +67,14 @@ def sft_trainer(folder, model, rows, collator=None, normalize="kept", trainer=Ma
     )
 
 
-def dpo_trainer(folder, model, rows, ref_model=None, mode="loss", collator=None, **changes):
+def dpo_trainer(folder, model, rows, ref_model=None, mode="loss", collator=None, evaluation=None, **changes):
     stored = "ref_chosen_logps" in rows[0]
     return MaskedDPOTrainer(
         model,
         ref_model=ref_model,
         args=DPOConfig(**options(folder, beta=BETA, precompute_ref_log_probs=stored, **changes)),
         train_dataset=datasets.Dataset.from_list(rows),
-        eval_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=evaluation or datasets.Dataset.from_list(rows),
         processing_class=TOKENIZER,
         data_collator=collator or DPOCollator(PAD, None, stored, mode),
         dpo_mask=mode,
@@ -221,6 +225,42 @@ def test_dpo_step_has_the_hand_written_gradient(tmp_path, mode, reference, batch
     trainer = dpo_trainer(tmp_path, model, rows, ref_model, mode, **sizes)
     hand_written.assert_same_gradient(step(trainer), expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["loss", "ratio"])
+def test_held_out_pairs_are_measured_against_what_is_left_of_their_reference(tmp_path, mode):
+    """With log-probabilities by token where they are stored, cut as the response is."""
+    rows = as_scored(pair_rows(5, keep=1.0), small_model(1))
+    longest = 1 + max(len(row["prompt_ids"]) for row in rows)
+    config = TrainConfig(
+        objective="dpo", data=["d"], model="m", output="o", max_length=longest, dpo_mask=mode, evaluation=["e"]
+    )
+    folder = write_masked(tmp_path / "held-out", rows, "m")
+    found = _evaluation_rows(config, {"evaluation_shards": data_shards(folder), "stored_reference": True})
+    collator = DPOCollator(PAD, longest, True, mode)
+    trainer = dpo_trainer(tmp_path, small_model(), rows, None, mode, collator=collator, evaluation=found)
+    cut = [
+        row | {f"{side}_{name}": row[f"{side}_{name}"][: longest - len(row["prompt_ids"])]
+               for side in ("chosen", "rejected") for name in ("ids", "mask")}
+        for row in rows
+    ]  # fmt: skip
+    expected = hand_written.dpo_loss(small_model(), small_model(1), cut, BETA, "loss")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    summed = [{name: value for name, value in row.items() if not name.endswith("ref_logprobs")} for row in rows]
+    sums = storage.list_shards(write_masked(tmp_path / "sums", summed, "m"))
+    assert _why_sums_are_no_use(config, sums[0]).startswith("--dpo-mask" if mode == "ratio" else "--max-length")
+    assert _why_sums_are_no_use(config, data_shards(folder)[0]) is None
+
+
+def test_the_load_of_experts_is_no_part_of_a_held_out_loss(tmp_path):
+    rows, losses = pair_rows(4), []
+    for coefficient in (0.0, 0.5):
+        model = tiny_model("qwen3_moe", vocab_size=len(TOKENIZER), router_aux_loss_coef=coefficient)
+        trainer = dpo_trainer(tmp_path, model, rows, small_model(1, torch.float32), "loss")
+        assert trainer.aux_loss_enabled == bool(coefficient)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.aux_loss_enabled == bool(coefficient)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def with_reference(rows: list[dict], model, per_token: bool) -> list[dict]:

@@ -168,7 +168,7 @@ class Trace:
     def __init__(self, trainer: Trainer, fisher: Tensors) -> None:
         self.trainer, self.fisher = trainer, fisher
         self.before = {name: trainer.parameters[name].detach().clone() for name in fisher}
-        self.drift = drift(trainer.scoring, trainer.start, fisher)
+        self.drift = drift(dict(trainer.scoring.model.named_parameters()), trainer.start, fisher)
 
     def foretold(self) -> dict[str, float]:
         """Changes from the start of the window to the present weights, as the module's docstring has them."""
