@@ -92,7 +92,10 @@ class RoundsConfig(TrainConfig):
         if self.objective == "dpo" and self.lora_rank and not self.reference_model:
             raise ValueError("rounds of dpo with --lora-rank need --reference-model, which the actors load")
         if self.drop_sequences and self.rule not in BY_VALUE:
-            raise ValueError(f"--drop-sequences goes by mean value, and --rule {self.rule} values nothing")
+            raise ValueError(
+                f"--drop-sequences goes by mean value, and --rule {self.rule} values nothing: give --rule share, with "
+                "--keep-fraction 1 where rows are all that goes"
+            )
         self._check_settings_of_share("keep_fraction", "scope")
         check_decoder_weights(self.parameters, "rounds score")
         one_target(self.validation, "rounds know")
