@@ -106,7 +106,8 @@ from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
 rows = load_dataset("parquet", data_files="{folder}/data/*.parquet", split="train")
-trainer = SFTTrainer(model, args=SFTConfig(), train_dataset=rows)  # labels are used as they are, packing keeps them
+# Labels are used as they are, packing keeps them. Without max_length=None, rows would be cut at 1,024 tokens.
+trainer = SFTTrainer(model, args=SFTConfig(max_length=None), train_dataset=rows)
 """
 
 TRL_DPO_SNIPPET = """
@@ -138,7 +139,7 @@ stage: {stage}
 
 UNSLOTH_SNIPPET = """
 rows = load_dataset("parquet", data_files="{folder}/data/*.parquet", split="train")
-trainer = SFTTrainer(model, args=SFTConfig(packing=False), train_dataset=rows)
+trainer = SFTTrainer(model, args=SFTConfig(packing=False, max_length=None), train_dataset=rows)
 """
 
 OPEN_INSTRUCT_SNIPPET = """
@@ -155,6 +156,7 @@ class TokenMasked(torch.utils.data.Dataset):
         files = [parquet_files] if isinstance(parquet_files, str) else parquet_files
         self.rows = pandas.concat([pandas.read_parquet(file) for file in files])
         self.padded = config.get("pad_mode", "right") == "right"
+        # Longer rows are cut there: set data.max_length
         self.length, self.pad = config.get("max_length", 1024), tokenizer.pad_token_id
 
     def __len__(self):

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import platform
+import re
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -14,6 +17,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from alphatoken.columns import meaning_in, type_name
 
 PACKAGES = ("alphatoken", "torch", "transformers", "ray", "datasets", "pyarrow")
+
+
+CONTROLS = ("loss", "entropy", "excess_loss", "random")  # estimators that know no target
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+OTHERS = "other reasons"
+
+
+def alike(reason: str) -> str:
+    """The same for reasons that differ in numbers alone."""
+    return NUMBER.sub("#", reason)
+
+
+def most_reasons(reasons: Mapping[str, int], most: int) -> dict[str, int]:
+    """Rows by reason, most frequent first; like ones together, and those beyond `most` as `OTHERS`, so sums stay."""
+    texts: dict[str, Counter] = {}
+    for reason, rows in reasons.items():
+        texts.setdefault(alike(reason), Counter())[reason] += rows
+    merged = Counter({next(iter(found)) if len(found) == 1 else name: found.total() for name, found in texts.items()})
+    shown = dict(merged.most_common(most))
+    left = merged.total() - sum(shown.values())
+    return shown | ({OTHERS: shown.get(OTHERS, 0) + left} if left else {})
+
+
+def told_reasons(reasons: Mapping[str, int], most: int = 3) -> str:
+    """For one line."""
+    return "; ".join(f"{rows:,} x {reason}" for reason, rows in most_reasons(reasons, most).items())
 
 
 def check_counts(counts: dict) -> None:
@@ -53,8 +82,14 @@ def data_card(stage: str, manifest: dict, columns: pa.Schema) -> str:
     rows = [
         {"name": field.name, "type": type_name(field), "meaning": meaning_in(stage, field.name)} for field in columns
     ]
+    estimator = manifest.get("scored", manifest)["config"].get("estimator")
+    control = estimator if estimator in CONTROLS else None
+    for row in rows if control else ():
+        if row["name"].endswith("adaptation"):
+            row["meaning"] = f"what the control `{control}` says of the token"
     pairs = "chosen_ids" in columns.names
-    return _template().render(stage=stage, manifest=manifest, columns=rows, pairs=pairs)
+    # No `configs` in its metadata: with them, datasets takes any folder of the same name for this one, from its cache.
+    return _template().render(stage=stage, manifest=manifest, columns=rows, pairs=pairs, control=control)
 
 
 @cache

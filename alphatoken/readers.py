@@ -287,6 +287,8 @@ def _parse_line(line: bytes) -> tuple[dict | None, str | None]:
         return None, "the text holds half of a surrogate pair, which is not valid Unicode"
     except RecursionError:
         return None, "the JSON is nested too deeply"
+    except json.JSONDecodeError as error:  # a line of the file is the whole text: its own number would mislead
+        return None, f"invalid JSON: {error.msg} at character {error.pos + 1}"
     except ValueError as error:
         return None, f"invalid JSON: {error}"
     if not isinstance(data, dict):

@@ -9,7 +9,6 @@ prompt's), and which of them are response.
 """
 
 import base64
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from alphatoken import storage
 from alphatoken.errors import UserError
+from alphatoken.manifest import alike, told_reasons
 from alphatoken.mask_config import MaskConfig, rule_for
 from alphatoken.masking import flat, losses_of
 from alphatoken.schema import BRANCHES
@@ -27,7 +27,6 @@ from alphatoken.token_classes import TOKEN_CLASS_NAMES, class_ids
 MOST_SHARDS = 32  # that rows are drawn from
 MOST_QUARANTINE_FILES = 200
 SHARED_REASONS = 12
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 STAGES = ("score", "mask")
 ROW_NUMBERS = 10**9  # row ids of one input file
 
@@ -113,7 +112,7 @@ def quarantine_reasons(folder: str) -> list[dict]:
     for name in names[:MOST_QUARANTINE_FILES]:
         table = storage.read_table(storage.join(place, name), ["stage", "reason"])
         for stage, reason in zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True):
-            found[stage, NUMBER.sub("#", reason or "")] += 1
+            found[stage, alike(reason or "")] += 1
     return [
         {"stage": stage, "reason": reason, "rows": count}
         for (stage, reason), count in found.most_common(SHARED_REASONS)
@@ -222,7 +221,7 @@ def _facts(folder: str, manifest: dict, shown: int) -> list[list[str]]:
     """(name, text) lines about the run."""
     counts, scored = manifest["counts"], manifest.get("scored", manifest)
     config = scored["config"]
-    parameters = config.get("parameters") or manifest.get("parameters") or "as the direction's"
+    parameters = config.get("parameters") or scored.get("parameters") or "as the direction's"
     lines = [
         ["folder", f"{folder} ({'masked' if manifest['stage'] == 'mask' else 'scored'} {manifest['created']})"],
         ["shown here", f"{shown:,} of {counts['rows_out']:,} rows"],
@@ -234,7 +233,11 @@ def _facts(folder: str, manifest: dict, shown: int) -> list[list[str]]:
         ["validation", ", ".join(config["validation"]) or str(config.get("direction"))],
     ]  # fmt: skip
     if "kept_fraction" in counts:
-        lines.insert(4, ["kept", f"{counts['kept_fraction']:.1%} of all response tokens"])
+        lines.insert(4, ["kept", f"{counts['kept_fraction']:.1%} of {counts['response_tokens']:,} response tokens"])
+    if manifest["stage"] == "mask" and scored["counts"].get("rows_quarantined"):
+        before = scored["counts"]
+        left_out = f"{before['rows_quarantined']:,} of {before['rows_in']:,} rows"
+        lines.insert(3, ["left out by score", f"{left_out}: {told_reasons(before['quarantine_reasons'])}"])
     return lines
 
 

@@ -40,7 +40,8 @@ def load_config(name: str, trust_remote_code: bool = False) -> "PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the configuration of model {name!r}: {first_line(error)}") from error
+        place = "" if Path(name).exists() else f"there is no folder {name}, and from the hub: "
+        raise UserError(f"cannot load the configuration of model {name!r}: {place}{first_line(error)}") from error
 
 
 def check_same_vocabulary(model: str, reference: str, trust_remote_code: bool = False) -> None:

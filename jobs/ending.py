@@ -28,7 +28,10 @@ def by_signal() -> Iterator[None]:
     Without a handler the process would be gone with no word and no cleaning up.
     """
 
+    received: list[int] = []
+
     def stop(number: int, _frame: Any) -> None:
+        received.append(number)
         sys.exit(number)
 
     try:
@@ -38,5 +41,9 @@ def by_signal() -> Iterator[None]:
         return
     try:
         yield
+    except SystemExit:
+        if received:  # where Ray was waited for, it is SystemExit(1) by now
+            raise SystemExit(signal.SIGTERM) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

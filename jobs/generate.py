@@ -39,6 +39,8 @@ def _show(config: GenerateConfig, manifest: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from alphatoken.manifest import told_reasons
+
     counts = manifest["counts"]
     table = Table(show_header=False, box=None)
     table.add_row("responses", config.output)
@@ -48,10 +50,10 @@ def _show(config: GenerateConfig, manifest: dict) -> None:
     if counts["responses_cut"]:
         table.add_row("cut", f"{counts['responses_cut']:,} at {config.max_new_tokens} tokens")
     if counts["rows_quarantined"]:
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in list(counts["quarantine_reasons"].items())[:3])
+        reasons = told_reasons(counts["quarantine_reasons"])
         table.add_row("quarantined", f"{counts['rows_quarantined']:,} ({reasons}); see quarantine/")
     table.add_row("time", f"{manifest['seconds']:.0f} s")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def _show(config: MaskConfig, manifest: dict) -> None:
     for name in ("rows_dropped_sequences", "rows_quarantined"):
         if counts[name]:
             table.add_row(name.replace("_", " "), f"{counts[name]:,} (reasons in quarantine/)")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 def _bounds(found: dict) -> str:

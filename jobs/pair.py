@@ -40,7 +40,7 @@ def _show(config: PairConfig, manifest: dict) -> None:
     for reason, number in counts["quarantine_reasons"].items():
         table.add_row("set aside", f"{number:,}: {reason}")
     table.add_row("time", f"{manifest['seconds']:.0f} s")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class ReportConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    input: str = Field(description="folder that `alphatoken score` or `alphatoken mask` wrote")
+    input: str = Field(description="folder that `alphatoken score` or `mask` wrote; may come first, without --input")
     output: str = Field("report.html", description="the page, one HTML file")
     rows: int = Field(200, ge=1, description="rows (or pairs) to draw; the page's numbers are about these")
     seed: int = Field(0, ge=0, description="which rows are drawn")

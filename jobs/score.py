@@ -45,6 +45,8 @@ def show_score(config: ScoreConfig, manifest: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from alphatoken.manifest import told_reasons
+
     counts = manifest["counts"]
     table = Table(show_header=False, box=None)
     table.add_row("scored data set", config.output)
@@ -55,10 +57,10 @@ def show_score(config: ScoreConfig, manifest: dict) -> None:
     if counts.get("rows_special_tokens"):
         table.add_row("special tokens", f"{counts['rows_special_tokens']:,} rows have some in their text")
     if counts["rows_quarantined"]:
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in list(counts["quarantine_reasons"].items())[:3])
+        reasons = told_reasons(counts["quarantine_reasons"])
         table.add_row("quarantined", f"{counts['rows_quarantined']:,} ({reasons}); see quarantine/")
     table.add_row("time", f"{manifest['seconds']:.0f} s")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 if __name__ == "__main__":

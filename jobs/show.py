@@ -31,7 +31,10 @@ class ShowConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    input: str = Field(description="folder that `alphatoken score`, `mask`, `generate`, `pair` or `rounds` wrote")
+    input: str = Field(
+        description="folder that `alphatoken score`, `mask`, `generate` or `pair` wrote, or a window of rounds "
+        "(OUTPUT/windows/NUMBER); may come first, without --input"
+    )
     row: list[str] = Field([], description="ids of rows to show; default: the first ones")
     limit: int = Field(2, ge=1, description="how many rows to show where no ids are given")
 

@@ -75,7 +75,7 @@ def show_training(config: TrainConfig, manifest: dict) -> None:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in rounds["seconds"].items())
         table.add_row("of the time", shown)
     table.add_row("time", f"{manifest['seconds']:.0f} s")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +35,12 @@ logger = logging.getLogger(__name__)
 def connect(num_cpus: int | None = None) -> None:
     """Initialise Ray unless it is: at RAY_ADDRESS if that is set, else locally with `num_cpus` logical CPUs."""
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            logger.info("connecting to Ray at %s", os.environ["RAY_ADDRESS"])
-            ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
-        else:
-            _start_local(num_cpus or max(os.cpu_count() or 1, LOCAL_CPUS))
+        with _own_sigterm():
+            if os.environ.get("RAY_ADDRESS"):
+                logger.info("connecting to Ray at %s", os.environ["RAY_ADDRESS"])
+                ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
+            else:
+                _start_local(num_cpus or max(os.cpu_count() or 1, LOCAL_CPUS))
     _quiet_ray_data()
 
 
@@ -59,6 +62,15 @@ def check_gpus(option: str, number: int, each: float, taken: float = 0) -> None:
             f"{option} {number} needs {number * each:g} GPUs, there are {max(0, there - taken):g} here for it; give "
             f"fewer, or less than {each:g} GPUs to each"
         )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM did before stays: Ray's C++ code would print its stack and abort the process (exit code 134)."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(num_cpus: int) -> None:

@@ -35,6 +35,8 @@ STALE_WARNING = (
 )
 
 FEWEST_TOKENS = 30  # of a class, to speak of its share
+UNLIKELY = 0.005
+ABOUT_SCORING = ("created", "counts", "config", "fingerprints", "parameters")  # kept of its manifest
 UNUSUAL_GAP = 0.3  # between the kept share of a class and that of all tokens
 
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
@@ -98,7 +100,7 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
             "pairs": pairs,
             "kept_by_class": by_class,
             "workers": metrics.time_per_worker(folder.commits()),
-            "scored": {name: scored[name] for name in ("created", "counts", "config", "fingerprints")},
+            "scored": {name: scored.get(name) for name in ABOUT_SCORING},
         },
     )
     columns = storage.read_schema(storage.list_shards(target)[0])
@@ -198,7 +200,9 @@ def unbalanced(by_class: dict[str, dict[str, int]], kept_fraction: float) -> lis
     sentences = []
     for name, counts in by_class.items():
         rate = counts["kept_tokens"] / counts["response_tokens"]
-        if counts["response_tokens"] >= FEWEST_TOKENS and rate < kept_fraction - UNUSUAL_GAP:
+        by_chance = (1 - kept_fraction) ** counts["response_tokens"]  # that all of them go
+        many = counts["response_tokens"] >= FEWEST_TOKENS
+        if (many and rate < kept_fraction - UNUSUAL_GAP) or (not rate and by_chance < UNLIKELY):
             sentences.append(
                 f"only {rate:.0%} of the {name} tokens are kept, of all response tokens {kept_fraction:.0%}: the model "
                 f"would hardly be trained on them; --protect {name} keeps them, and values may be about the format "

@@ -7,9 +7,12 @@ import pyarrow.compute as pc
 
 from alphatoken import schema
 from alphatoken.errors import UserError
+from alphatoken.manifest import most_reasons
 from alphatoken.run_folder import RunFolder, row_id_runs
 from pipelines import metrics
 from pipelines.encode import KEPT, ORIGIN
+
+REASONS = 20  # that a manifest has
 
 
 def write_block(block: pa.Table, output: str, cost: dict[str, float] | None = None) -> dict[str, list]:
@@ -83,4 +86,4 @@ def total_counts(folder: RunFolder, nothing: str = "no row can be used") -> dict
         shown = "; ".join(reason for reason, _ in reasons.most_common(3)) or "the input has no rows"
         raise UserError(f"{nothing}: {shown}")
     counts = {name: round(value, 3) for name, value in total.items()}
-    return counts | {"quarantine_reasons": dict(reasons.most_common(20))}
+    return counts | {"quarantine_reasons": most_reasons(reasons, REASONS)}

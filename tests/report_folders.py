@@ -40,7 +40,8 @@ def write_folder(folder: str, rows: int = 8, pairs: bool = False, seed: int = 0,
     storage.write_table(token_classes(), storage.join(folder, "token_classes.parquet"))
     manifest = {
         "stage": "score", "created": "2026-01-01T00:00:00+00:00", "pairs": pairs, "parameters": "all-linear",
-        "counts": {"rows_in": rows + 3, "rows_out": rows, "rows_quarantined": 3, "response_tokens": 100},
+        "counts": {"rows_in": rows + 3, "rows_out": rows, "rows_quarantined": 3, "response_tokens": 100,
+                   "quarantine_reasons": {"no prompt": 3}},
         "config": {"model": "m", "data": ["d.jsonl"], "validation": ["v.jsonl"], "estimator": "exact"},
     }  # fmt: skip
     storage.write_json(manifest, storage.join(folder, "manifest.json"))

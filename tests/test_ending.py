@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +63,42 @@ def test_a_job_that_is_stopped(capsys):
     code, line = last_line(work, capsys)
     assert (code, line) == (143, "alphatoken mask: interrupted by SIGTERM; run the same command again to go on")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+STOPPED_WHILE_RAY_RUNS = """
+import os, signal, sys, threading, time
+import ray
+from alphatoken.mask_config import MaskConfig
+from jobs import cli
+from pipelines.cluster import connect
+
+@ray.remote
+def wait():
+    time.sleep(100)
+
+def work(config):
+    connect(2)
+    found = wait.remote()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    ray.get(found) if sys.argv[1] == "get" else time.sleep(100)
+
+code = cli.run(MaskConfig, work, ["--input", "scored", "--output", "masked"])
+ray.shutdown()
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("waiting", ["get", "sleep"])
+def test_a_job_that_is_stopped_while_ray_runs(tmp_path, waiting):
+    """Ray's C++ code has a handler of its own, which aborts."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_WHILE_RAY_RUNS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "RAY_ADDRESS": ""}
+    command = [sys.executable, str(script), waiting]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "alphatoken mask: interrupted by SIGTERM; run the same command again to go on"
+    assert "SIGTERM received at" not in done.stderr

@@ -1,6 +1,8 @@
 import json
 
+import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -43,10 +45,7 @@ def test_card_has_metadata_columns_and_config(stage):
     card = manifest.data_card(stage, build(stage=stage, extra=scored), columns)
     _, front, body = card.split("---\n", 2)
     metadata = yaml.safe_load(front)
-    assert metadata["configs"] == [
-        {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
-    ]
-    assert "alphatoken" in metadata["tags"]
+    assert metadata.keys() == {"tags"} and "alphatoken" in metadata["tags"]
     assert "| `labels` | `list<int32>` |" in body
     assert "| `topic` | `string` | carried over from the input |" in body
     config = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
@@ -75,6 +74,38 @@ def test_columns_beside_the_stages_have_a_meaning():
 def test_a_column_of_the_users_is_carried_over_whatever_its_name():
     assert meaning_in("score", "source") == meaning_in("mask", "text") == CARRIED_OVER
     assert meaning_in("score", "adaptation.math") == meaning("adaptation.math") != CARRIED_OVER
+
+
+@pytest.mark.parametrize("stage", ["score", "mask"])
+def test_card_of_a_control_claims_no_target(stage):
+    scored = {"config": CONFIG | {"estimator": "loss"}}
+    built = build(stage=stage, extra={"scored": scored}) if stage == "mask" else build(stage=stage, **scored)
+    card = manifest.data_card(stage, built, pa.schema([*schema.SCORED]))
+    assert "those of a control, `loss`" in card and "target task falls" not in card
+    assert "| `adaptation` | `list<float>` | what the control `loss` says of the token |" in card
+
+
+def test_datasets_takes_no_folder_for_another_of_the_same_name(tmp_path):
+    """As it does by metadata with `configs`; and nothing but the rows is read."""
+    for folder, rows in (("a", 2), ("b", 3), ("a", 4)):
+        place = tmp_path / folder / "masked"
+        for name, column in (("data/train", "x"), ("quarantine/quarantine", "reason")):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({column: list(range(rows))}), place / f"{name}-{0:015d}.parquet")
+        pq.write_table(pa.table({"token_id": [1]}), place / "token_classes.parquet")
+        (place / "run.json").write_text("{}")
+        (place / "README.md").write_text(manifest.data_card("mask", build(), schema.SCORED))
+        found = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))
+        assert {name: (part.num_rows, part.column_names) for name, part in found.items()} == {"train": (rows, ["x"])}
+
+
+def test_reasons_that_differ_in_numbers_are_one_and_sums_stay():
+    reasons = {f"column {n} is bad": n for n in range(1, 6)} | {"no prompt": 4, "too long: 9 tokens": 2}
+    found = manifest.most_reasons(reasons, 2)
+    assert found == {"column # is bad": 15, "no prompt": 4, manifest.OTHERS: 2}
+    assert manifest.most_reasons(reasons, 9)["too long: 9 tokens"] == 2
+    assert manifest.most_reasons(found | {"x": 1}, 1) == {"column # is bad": 15, manifest.OTHERS: 7}
+    assert manifest.told_reasons(reasons, 1) == "15 x column # is bad; 6 x other reasons"
 
 
 def test_meaning_of_columns_of_a_branch_and_of_a_target():

@@ -121,6 +121,9 @@ def test_a_token_class_that_is_hardly_kept_is_named():
     (sentence,) = unbalanced(by_class, 0.8)
     assert "only 20% of the end-of-turn tokens are kept, of all response tokens 80%" in sentence
     assert unbalanced(by_class, 0.45) == []
+    few = {"end-of-turn": {"kept_tokens": 0, "response_tokens": 6}, "digits": {"kept_tokens": 0, "response_tokens": 2}}
+    (sentence,) = unbalanced(few, 0.64)  # of 6, all go by chance once in 460 times; of 2, once in 8
+    assert sentence.startswith("only 0% of the end-of-turn tokens are kept")
 
 
 def test_finished_resumed_and_changed_runs(scored, tmp_path):

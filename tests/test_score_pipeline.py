@@ -150,14 +150,15 @@ def test_truncation_is_counted(tiny_checkpoint, files, tmp_path):
 
 def test_datasets_mask_and_trl_read_the_output(scored, tiny_checkpoint, tmp_path):
     config, _ = scored
-    found = load_dataset("parquet", data_files=f"{config.output}/data/*.parquet", split="train")
+    cache = str(tmp_path / "cache")
+    found = load_dataset("parquet", data_files=f"{config.output}/data/*.parquet", split="train", cache_dir=cache)
     assert found.num_rows == 60 and found.features["adaptation"].feature.dtype == "float32"
     assert set(schema.SCORED.names) <= set(found.column_names)
-    assert load_dataset(config.output, split="train").num_rows == 60
+    assert load_dataset(config.output, split="train", cache_dir=cache).num_rows == 60
     masked = run_mask(MaskConfig(input=config.output, output=str(tmp_path / "masked"), keep_fraction=0.5))
     assert masked["counts"]["rows_out"] == 60
     assert 0.5 <= masked["counts"]["kept_fraction"] < 0.6
-    dataset = load_dataset(str(tmp_path / "masked"), split="train")
+    dataset = load_dataset(str(tmp_path / "masked"), split="train", cache_dir=cache)
     row = dataset[0]
     assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
     assert_trl_trains_on(dataset, tiny_checkpoint, tmp_path / "trl")
