@@ -62,7 +62,6 @@ MEANINGS = {
     "reason": "why",
 }
 
-
 SCORED = [*schema.SCORED.names, *schema.TERMS]
 OF_STAGE = {  # own columns of the tables that it writes, of rows and of pairs
     "encode": {*schema.ENCODED.names, *schema.ENCODED_PAIRS.names, *schema.ENCODED_PROMPTS.names},
