@@ -22,7 +22,7 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.schema import BRANCHES
-from alphatoken.sources import ReadUnit, column_names, first_rows
+from alphatoken.sources import ReadUnit, first_rows
 
 PAIR_COLUMNS = frozenset(BRANCHES)
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -47,10 +47,16 @@ def is_pair(columns: set[str], renamed: dict[str, str]) -> bool:
 
 
 def is_pair_data(objective: str, units: Sequence[ReadUnit], renamed: dict[str, str]) -> bool:
-    """Whether the rows are preference pairs: as the user says (sft or dpo), else (auto) by the first row."""
+    """Whether the rows are preference pairs: as the user says (sft or dpo), else (auto) by each file's first row.
+
+    Raises UserError where some files have pairs and others have not.
+    """
     if objective != "auto":
         return objective == "dpo"
-    return is_pair(column_names(units[0]), renamed)
+    found = {is_pair(set(row), renamed): unit.path for unit, row in first_rows(units)}
+    if len(found) > 1:
+        raise UserError(f"{found[True]} holds preference pairs, {found[False]} does not: run them apart.")
+    return True in found
 
 
 def check_pair_source(units: Iterable[ReadUnit], options: DataOptions) -> None:

@@ -5,8 +5,9 @@ from tiny_tokenizers import CHATML, QWEN3, byte_level, sentencepiece
 
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoder
-from alphatoken.errors import BadRowError
-from alphatoken.pair_encode import PairEncoder, is_pair
+from alphatoken.errors import BadRowError, UserError
+from alphatoken.pair_encode import PairEncoder, is_pair, is_pair_data
+from alphatoken.sources import plan_units
 
 USER = {"role": "user", "content": "What is two plus two?"}
 
@@ -138,3 +139,15 @@ def test_which_columns_are_a_pair():
     assert not is_pair({"chosen", "rejected"}, {"completion": "chosen"})
     assert is_pair({"prompt_ids", "chosen_ids", "rejected_ids"}, {})
     assert not is_pair({"messages"}, {})
+
+
+def test_files_of_both_kinds_are_told_apart(tmp_path):
+    """By their names: which of them comes first is nothing that a user sees."""
+    pairs, rows = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    pairs.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    rows.write_text('{"prompt": "p", "completion": "c"}\n')
+    assert is_pair_data("auto", plan_units([str(pairs)]), {})
+    assert not is_pair_data("auto", plan_units([str(rows)]), {})
+    assert is_pair_data("dpo", plan_units([str(rows)]), {})
+    with pytest.raises(UserError, match=r"a.jsonl holds preference pairs, .*b.jsonl does not: run them apart"):
+        is_pair_data("auto", plan_units([str(rows), str(pairs)]), {})
