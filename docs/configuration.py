@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 
-from jobs import cli
+from jobs import cli, config_file
 from jobs.main import COMMANDS
 
 PAGE, PLACE = "configuration", "<!-- generated: commands -->"
@@ -87,7 +87,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(arguments[0])}"
     if origin is dict:
         return f"`name={_kind(arguments[1]).replace(' ', '-')}`, several"
-    members = cli._members(annotation)
+    members = config_file.members(annotation)
     if len(members) > 1:
         return " or ".join(_kind(member) for member in members)
     if members and members[0] is not annotation:

@@ -5,7 +5,6 @@ repeated from its own manifest.json in the same way. pydantic checks types and r
 """
 
 import argparse
-import difflib
 import json
 import logging
 import math
@@ -15,17 +14,16 @@ import signal
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, did_you_mean
 from jobs import ending
+from jobs.config_file import members, read
 
 OK, FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 HEAVY = ("direction", "fisher", "generate", "pair", "score", "train", "rounds")  # commands with --dry-run
@@ -152,12 +150,6 @@ def show_tensor_file(config: Any, provenance: dict) -> None:
     sys.stdout.write(f"{text} ({provenance['num_tokens']} response tokens): {config.output}\n")
 
 
-def did_you_mean(name: str, choices: Sequence[str] | dict[str, Any]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(name, list(choices), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
 def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
@@ -194,7 +186,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[BaseModel], 
 
 def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     """argparse's view of one field. Values stay strings: pydantic converts and checks them."""
-    kinds = {get_origin(kind) or kind for kind in _members(field.annotation)}
+    kinds = {get_origin(kind) or kind for kind in members(field.annotation)}
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction}
     if dict in kinds:
@@ -205,15 +197,8 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     return {"metavar": metavar}
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The types of a union, flat and without None."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
-    return [] if annotation is type(None) else [annotation]
-
-
 def choices(field: FieldInfo) -> list[str]:
-    literals = [kind for kind in _members(field.annotation) if get_origin(kind) is Literal]
+    literals = [kind for kind in members(field.annotation) if get_origin(kind) is Literal]
     return [str(choice) for literal in literals for choice in get_args(literal)]
 
 
@@ -239,9 +224,9 @@ def dependent_default(field: FieldInfo) -> str | None:
 
 def _build(config_class: type[BaseModel], options: dict[str, Any]) -> BaseModel:
     file = options.pop("config", None)
-    values = _read_file(file, config_class) if file else {}
+    values = read(file, config_class) if file else {}
     for name, value in options.items():
-        kinds = {get_origin(kind) or kind for kind in _members(config_class.model_fields[name].annotation)}
+        kinds = {get_origin(kind) or kind for kind in members(config_class.model_fields[name].annotation)}
         values[name] = _pairs(name, value) if dict in kinds else value
     return config_class(**values)
 
@@ -254,48 +239,6 @@ def _pairs(name: str, items: list[str]) -> dict[str, str]:
             raise UserError(f"{option_name(name)} {item}: give it as KEY=VALUE")
         pairs[key] = value
     return pairs
-
-
-def _read_file(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
-    """Settings of a YAML (or JSON) file under the class's field names; UserError where it cannot be used."""
-    import yaml
-
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_yaml_loader())
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
-    content = {} if content is None else content
-    if isinstance(content, dict) and "stage" in content and isinstance(content.get("config"), dict):
-        content = content["config"]  # a run's manifest.json or run.json
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: has to be a mapping of names to values, such as `output: runs/masked`")
-    settings = {}
-    for given, value in content.items():
-        name = str(given).replace("-", "_")
-        if name not in config_class.model_fields:
-            raise UserError(f"--config {path}: unknown name {given}{did_you_mean(name, config_class.model_fields)}")
-        settings[name] = _as_text(value, config_class.model_fields[name])
-    return settings
-
-
-def _yaml_loader() -> Any:
-    """YAML's safe one, but 1:4 is text: YAML 1.1 reads it in base 60, as 64."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    text = ("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9_]+(:[0-9_.]+)+$"))
-    Loader.yaml_implicit_resolvers = {first: [text, *kinds] for first, kinds in Loader.yaml_implicit_resolvers.items()}
-    return Loader
-
-
-def _as_text(value: Any, field: FieldInfo) -> Any:
-    """YAML reads `num_actors: 2` as a number; the command line gives text, and the field wants text."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and set(_members(field.annotation)) == {str} else value
 
 
 def _sentence(problem: Mapping[str, Any]) -> str:

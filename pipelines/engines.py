@@ -4,7 +4,6 @@ Both take a data set of REQUESTS and give one of ANSWERS, in whatever order requ
 that fails comes back with its reason, and the others go on.
 """
 
-import difflib
 import hashlib
 import importlib.util
 import time
@@ -18,7 +17,7 @@ import torch
 
 from alphatoken.batching import plan_batches
 from alphatoken.embedded import resolve_model
-from alphatoken.errors import UserError, first_line
+from alphatoken.errors import UserError, did_you_mean, first_line
 from alphatoken.generate_config import EngineOptions, SamplingOptions
 from alphatoken.model import default_device, load_model
 from alphatoken.sampling import draw_samples
@@ -104,8 +103,7 @@ def _check_names(engine_options: dict[str, Any]) -> None:
 
     known = {field.name for field in fields(AsyncEngineArgs)}
     if unknown := sorted(engine_options.keys() - known):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(unknown[0], known)
         raise UserError(f"--engine-options {unknown[0]}: vLLM has no such engine argument{hint}")
 
 
