@@ -112,11 +112,6 @@ class RunFolder:
             return "new"
         return "finished" if storage.exists(self._path("manifest.json")) else "resume"
 
-    def is_of(self, identity: dict) -> bool:
-        """Whether a run with this identity has begun here."""
-        earlier = self._earlier_identity()
-        return earlier is not None and not any(differences(earlier, identity))
-
     def write_shard(self, data: pa.Table | None, quarantine: pa.Table | None, record: dict) -> None:
         """Write one shard's rows and rejected rows (None or empty: no file), then its commit record.
 

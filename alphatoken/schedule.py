@@ -53,7 +53,7 @@ class Schedule:
     @cached_property
     def windows(self) -> list[Window]:
         size, last = self.refresh_every, self.total_steps
-        plain = range(self.first_window, min(self.plain_steps, last), size)
+        plain = range(0, min(self.plain_steps, last), size) if self.generates else ()
         starts = [*plain, *range(self.plain_steps, last, size)]
         back = size if self.overlap else 0
         found = []
@@ -62,11 +62,6 @@ class Schedule:
             earliest = 0 if start < self.plain_steps else min(1, self.plain_steps)
             found.append(Window(start, stop, max(earliest, start - back)))
         return found
-
-    @property
-    def first_window(self) -> int:
-        """The step that the first window begins with."""
-        return 0 if self.generates else self.plain_steps
 
     @property
     def is_all_plain(self) -> bool:

@@ -76,18 +76,19 @@ def exists(uri: str) -> bool:
 
 def same_place(first: str, second: str) -> bool:
     """True where two URIs name one folder."""
-    (fs_1, path_1), (fs_2, path_2) = filesystem(first), filesystem(second)
-    if isinstance(fs_1, LocalFileSystem) and isinstance(fs_2, LocalFileSystem):
-        return os.path.realpath(path_1) == os.path.realpath(path_2)
-    return type(fs_1) is type(fs_2) and path_1.rstrip("/") == path_2.rstrip("/")
+    return _place(first) == _place(second)
 
 
 def is_inside(place: str, folder: str) -> bool:
     """True where a URI names a folder or something in it."""
-    (fs_1, path_1), (fs_2, path_2) = filesystem(place), filesystem(folder)
-    if isinstance(fs_1, LocalFileSystem) and isinstance(fs_2, LocalFileSystem):
-        path_1, path_2 = os.path.realpath(path_1), os.path.realpath(path_2)
-    return type(fs_1) is type(fs_2) and f"{path_1.rstrip('/')}/".startswith(f"{path_2.rstrip('/')}/")
+    (kind, path), (other, base) = _place(place), _place(folder)
+    return kind is other and f"{path}/".startswith(f"{base}/")
+
+
+def _place(uri: str) -> tuple[type, str]:
+    """The same for the same place, whatever leads to it."""
+    fs, path = filesystem(uri)
+    return type(fs), (os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path).rstrip("/")
 
 
 def list_names(folder: str) -> list[str]:
