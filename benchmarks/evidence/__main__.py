@@ -52,7 +52,9 @@ SHORT_RULES = {  # of the other studies, on one seed
     "preference": ["full", "oracle", "values, worst 20% of pairs", "random 33% of pairs"],
 }
 DETECTION = tuple((name, seed) for seed in range(3) for name in NOISY)
-ANSWERED = (("tokens", 0, (None, FULL, ORACLE, EXCESS_RULE)),)  # None: the model as it was
+ANSWERED = tuple(  # None: the model as it was, the same for every seed
+    ("tokens", seed, rule) for seed in range(3) for rule in (None, FULL, ORACLE, EXCESS_RULE) if rule or not seed
+)
 PROBLEMS = 192  # that each of those models is asked
 
 
@@ -144,8 +146,8 @@ class Work:
             ),
         )
 
-    def answer(self) -> None:
-        """Problems solved after some of the training runs, which run once more for it."""
+    def answer(self, wanted: Iterable[tuple[str, int, Rule | None]]) -> None:
+        """Problems solved after some of the training runs (set, seed, rule), which run once more for it."""
         asked = cache(lambda: AnswerCheck(self.study.model, self.lab.source.encoder, self.lab.files["test"], PROBLEMS))
 
         def solved(name: str, seed: int, rule: Rule | None) -> dict:
@@ -155,7 +157,6 @@ class Work:
             asked().load(self.lab.scoring)
             return asked().solved()
 
-        wanted = [(name, seed, rule) for name, seed, rules in ANSWERED for rule in rules]
         self._missing(
             "answers",
             (
@@ -268,7 +269,7 @@ def main() -> None:
     if "detection" in parts:
         work.detect(task for task in DETECTION if asked_for(*task, arguments))
     if "answers" in parts:
-        work.answer()
+        work.answer(case for case in ANSWERED if asked_for(case[0], case[1], arguments))
     seeds = arguments.seeds or range(1, 4 if arguments.full else 2)  # their trial runs had seed 0
     named = {} if arguments.full else SHORT_RULES
     if "forgetting" in parts:

@@ -32,11 +32,29 @@ def area(values: list[float]) -> str:
 
 
 def answers(folder: Path) -> str:
-    """Held-out problems that a model solves by greedy decoding."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    rows = [
-        [run["run"]["name"], run["run"]["set"], str(run["run"]["seed"]), str(run["problems"]),
-         f"{run['solved']:.1%} ± {2 * run['standard_error']:.1%}"]
-        for run in sorted(runs, key=lambda run: run["solved"])
-    ]  # fmt: skip
-    return table(["after", "set", "seed", "problems", "solved (95%)"], rows)
+    """Held-out problems that models solve by greedy decoding: mean over seeds."""
+    found: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        found[run["run"]["name"], run["run"]["set"]].append(run)
+    rows = []
+    for (name, task), runs in sorted(found.items(), key=lambda item: mean_solved(item[1])):
+        of_problems = 2 * sum(run["standard_error"] for run in runs) / len(runs)  # the same ones for every seed
+        _, of_seeds = mean_interval([run["solved"] for run in runs])
+        seeds = "" if math.isnan(of_seeds) else f"± {of_seeds:.1%}"
+        rows.append(
+            [
+                name,
+                task,
+                str(len(runs)),
+                str(runs[0]["problems"]),
+                f"{mean_solved(runs):.1%}",
+                f"± {of_problems:.1%}",
+                seeds,
+            ]
+        )
+    return table(["after", "set", "seeds", "problems", "solved", "95% over problems", "95% over seeds"], rows)
+
+
+def mean_solved(runs: list[dict]) -> float:
+    return sum(run["solved"] for run in runs) / len(runs)
