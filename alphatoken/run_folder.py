@@ -36,11 +36,11 @@ SHARD_FILES = {
     "attempts": re.compile(r"^([0-9]{15})\.json$"),
     "sums": re.compile(r"^([0-9]{15})\.safetensors$"),
 }
-OF_STAGE = {  # files and folders that these stages have beside the others
+BESIDE_SHARDS = {  # files and folders that these stages have beside the others
     "train": ("metrics.jsonl", "evaluation.parquet", "checkpoints", "encoded", "windows", "model", "adapter"),
     "export": ("dataset",),
 }
-OF_STAGE["rounds"] = OF_STAGE["train"]
+BESIDE_SHARDS["rounds"] = BESIDE_SHARDS["train"]
 SHOWN_DIFFERENCES = 5
 
 UNKNOWN = object()  # in an identity: what only a loaded model could tell
@@ -201,7 +201,7 @@ class RunFolder:
     def _remove_own_files(self) -> None:
         """Only files with the names that a run writes. run.json goes last: a kill in between can be repeated."""
         storage.remove_file(self._path("manifest.json"))
-        for name in OF_STAGE.get(storage.read_json(self._path("run.json")).get("stage"), ()):
+        for name in BESIDE_SHARDS.get(storage.read_json(self._path("run.json")).get("stage"), ()):
             storage.remove_tree(self._path(name))
         for folder in SHARD_FILES:
             for _, name in self._shard_files(folder):
