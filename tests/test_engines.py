@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from masked_folder import write_model
+from transformers import GenerationConfig
 
 from alphatoken.errors import UserError
 from alphatoken.generate_config import EngineOptions
+from alphatoken.model import load_model
+from alphatoken.rounds_config import RoundsConfig
 from pipelines import engines
+from pipelines.pair_generator import PairGenerator
 
 
 @pytest.fixture
@@ -38,3 +43,14 @@ def test_without_vllm(monkeypatch):
     assert engines.choose_engine(EngineOptions(engine_options={"max_num_seqs": 4})) == "transformers"
     with pytest.raises(UserError, match="vLLM is not installed"):
         engines.choose_engine(EngineOptions(engine="vllm"))
+
+
+def test_rounds_know_every_end_of_turn_that_generate_knows(tmp_path):
+    """Of Gemma, the settings for generation alone name it: without them no response would ever end."""
+    model = write_model(tmp_path / "model")
+    GenerationConfig(eos_token_id=[5, 9]).save_pretrained(model)
+    config = RoundsConfig(
+        data=["d"], model=model, output="o", validation=["v"], objective="dpo", generate=2, rule="none"
+    )
+    ends = PairGenerator(config, load_model(model)).ends
+    assert {5, 9} < ends == set(engines.end_ids(model, False))
