@@ -29,6 +29,7 @@ def by_signal() -> Iterator[None]:
     """
 
     received: list[int] = []
+    others = _running_ray()
 
     def stop(number: int, _frame: Any) -> None:
         received.append(number)
@@ -43,7 +44,16 @@ def by_signal() -> Iterator[None]:
         yield
     except SystemExit:
         if received:  # where Ray was waited for, it is SystemExit(1) by now
+            ray = _running_ray()
+            if ray and not others:
+                ray.shutdown()  # what it still has to say comes before the last line
             raise SystemExit(signal.SIGTERM) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _running_ray() -> Any:
+    """Ray, if this process has begun with it; it is not imported for this."""
+    ray = sys.modules.get("ray")
+    return ray if ray and ray.is_initialized() else None
