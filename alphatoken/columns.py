@@ -46,7 +46,8 @@ MEANINGS = {
     "ids": "token ids of the response",
     "mask": "true where the token is trained on",
     "score": "what the judge gave the response",
-    "sample of": "number of the response to its prompt; -1: the data set's own answer",
+    "chosen_sample": "number of the chosen response to its prompt; -1: the data set's own answer",
+    "rejected_sample": "number of the rejected response to its prompt; -1: the data set's own answer",
     "ref_logprobs": "the reference model's log-probability of the token",
     "ref_chosen_logps": "the reference model's log-probability of the whole chosen response",
     "ref_rejected_logps": "the reference model's log-probability of the whole rejected response",
@@ -93,5 +94,5 @@ def meaning(name: str) -> str:
     of_branch = f"{branch} response: " if branch in BRANCHES else ""
     if target := TARGET_COLUMN.fullmatch(name):
         return f"{of_branch}{'mean ' if target[1] == 'mean_' else ''}adaptation for the target `{target[2]}` alone"
-    known = MEANINGS.get({"sample": "sample of"}.get(rest, rest)) if of_branch else None
+    known = MEANINGS.get(rest) if of_branch else None
     return of_branch + known if known else CARRIED_OVER

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from alphatoken.credentials import refuse_secrets
+from alphatoken.errors import option_name
 from alphatoken.targets import files_by_target
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
@@ -229,7 +230,7 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
             if self.direction and (given := self.not_default(MAKE_A_DIRECTION)):
-                names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                names = ", ".join(map(option_name, given))
                 raise ValueError(f"{names}: how a direction is made; --direction {self.direction} is made already")
             if self.fisher and not self.reference_model:
                 raise ValueError(STABILITY_NEEDS)

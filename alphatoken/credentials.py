@@ -7,7 +7,7 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, option_name
 
 # user:password@; without a password it may be the name of a container. A port is followed by a slash or the end.
 PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/:@\s]*:(?![0-9]+(?:/|$))[^@\s]+@", re.IGNORECASE)
@@ -41,6 +41,6 @@ def refuse_secrets(values: Any, name: str = "") -> None:
     elif isinstance(values, str) and holds_secret(values):
         scheme = values.partition("://")[0]
         raise UserError(
-            f"--{name.replace('_', '-')}: the {scheme}:// address holds a password or a signature, which would "
+            f"{option_name(name)}: the {scheme}:// address holds a password or a signature, which would "
             "stand in manifests and logs; give credentials through environment variables"
         )

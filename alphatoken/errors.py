@@ -18,6 +18,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+def option_name(field: str) -> str:
+    """Of a setting, on the command line."""
+    return "--" + field.replace("_", "-")
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

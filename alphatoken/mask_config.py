@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from alphatoken.config import Scope, StageConfig
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, option_name
 
 Rule = Literal["auto", "share", "suspect", "surprising"]
 OF_SHARE = ("keep_fraction", "scope", "min_value", "drop_sequences")
@@ -62,7 +62,7 @@ class MaskConfig(StageConfig):
     @model_validator(mode="after")
     def _one_rule(self) -> "MaskConfig":
         if self.rule not in ("auto", "share") and (given := self.settings_of_share):
-            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of --rule share, not of {self.rule}")
+            raise ValueError(f"{option_name(given[0])} is a setting of --rule share, not of {self.rule}")
         return self
 
     @property

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from alphatoken.config import DataOptions, EstimatorName, ModelOptions, ScoreConfig, check_parameters
+from alphatoken.errors import option_name
 
 DeviceName = Literal["h100", "h200", "b200", "a100", "a100-40gb", "l40s", "l4", "a10", "cpu"]
 DEVICE_NAMES: tuple[str, ...] = get_args(DeviceName)
@@ -87,17 +88,16 @@ class PlanConfig(DataOptions, ModelOptions):
 
 def command_line(config: ScoreConfig) -> str:
     """`alphatoken score` with every setting that is not its default, and those that a plan is about."""
-    always = {"batch_tokens", "num_actors"}
+    shown = {"batch_tokens", "num_actors", *config.not_default(ScoreConfig.model_fields)}
     words = ["alphatoken", "score"]
-    for name, field in sorted(ScoreConfig.model_fields.items(), key=lambda item: not item[1].is_required()):
-        value = getattr(config, name)
-        if value == field.get_default(call_default_factory=True) and name not in always:
+    for name, _ in sorted(ScoreConfig.model_fields.items(), key=lambda item: not item[1].is_required()):
+        if name not in shown:
             continue
-        option = name.replace("_", "-")
+        value, option = getattr(config, name), option_name(name)
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
+            words.append(option if value else option.replace("--", "--no-", 1))
             continue
         items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
         items = items if isinstance(items, list) else [f"{items:g}" if isinstance(items, float) else str(items)]
-        words += [f"--{option}", *items]
+        words += [option, *items]
     return shlex.join(words)

@@ -8,6 +8,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from alphatoken.config import DirectionShape, StageConfig, check_decoder_weights, check_parameters
+from alphatoken.errors import option_name
 from alphatoken.targets import one_target
 
 PAPER = {
@@ -183,8 +184,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
         if not self.in_run:
             own = LiveValueOptions.model_fields.keys() - TrainConfig.__annotations__.keys()
             if given := self.not_default(own):
-                option = given[0].replace("_", "-")
-                raise ValueError(f"--{option} needs --in-run: a masked data set already has its values")
+                raise ValueError(f"{option_name(given[0])} needs --in-run: a masked data set already has its values")
             if len(self.data) > 1:
                 raise ValueError("--data takes one folder that `mask` wrote; --in-run takes several files")
             return
@@ -206,7 +206,7 @@ class TrainConfig(StageConfig, LiveValueOptions):
 
     def _check_settings_of_share(self, *names: str) -> None:
         if self.rule != "share" and not self.preset and (given := self.not_default(names)):
-            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of --rule share, not of {self.rule}")
+            raise ValueError(f"{option_name(given[0])} is a setting of --rule share, not of {self.rule}")
 
     @property
     def uses_moments(self) -> bool:

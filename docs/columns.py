@@ -1,14 +1,12 @@
-"""The columns of every table, from the schemas: a Sphinx extension, as configuration.py."""
+"""The columns of every table, from the schemas: see generated.py."""
 
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-from sphinx.application import Sphinx
 
 from alphatoken import schema
 from alphatoken.columns import meaning, type_name
 
-PAGE, PLACE = "columns", "<!-- generated: columns -->"
 TABLES: dict[str, Iterable[pa.Field]] = {
     "Responses (`generate`)": schema.RESPONSES,
     "Pairs (`pair`)": schema.PAIRS,
@@ -22,15 +20,9 @@ TABLES: dict[str, Iterable[pa.Field]] = {
 }
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    app.connect("source-read", _fill)
-    app.connect("env-get-outdated", lambda *_: [PAGE])  # the code may have changed where the page has not
-    return {"parallel_read_safe": True}
-
-
-def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
-    if docname == PAGE:
-        source[0] = source[0].replace(PLACE, "\n".join(_tables()))
+def tables() -> str:
+    """All tables, as Markdown."""
+    return "\n".join(_tables())
 
 
 def _tables() -> Iterator[str]:

@@ -7,7 +7,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the extensions beside this file; the commands that they describe
 
 project = "AlphaToken"
-extensions = ["myst_parser", "columns", "configuration", "measurements", "mathml"]
+extensions = ["myst_parser", "generated", "measurements", "mathml"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"

@@ -1,7 +1,4 @@
-"""The configuration reference, from the commands' own pydantic classes: a Sphinx extension.
-
-configuration.md has the words around it and a comment where it goes; nothing is written to disk.
-"""
+"""The configuration reference, from the commands' own pydantic classes: see generated.py."""
 
 import importlib
 import re
@@ -11,25 +8,13 @@ from unittest import mock
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from sphinx.application import Sphinx
 
+from alphatoken.errors import option_name
 from jobs import cli, config_file
 from jobs.main import COMMANDS
 
-PAGE, PLACE = "configuration", "<!-- generated: commands -->"
 KINDS = {str: "text", int: "whole number", float: "number", bool: "yes or no", Any: "any"}
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least"}
-
-
-def setup(app: Sphinx) -> dict[str, bool]:
-    app.connect("source-read", _fill)
-    app.connect("env-get-outdated", lambda *_: [PAGE])  # the code may have changed where the page has not
-    return {"parallel_read_safe": True}
-
-
-def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
-    if docname == PAGE:
-        source[0] = source[0].replace(PLACE, reference())
 
 
 def reference() -> str:
@@ -62,7 +47,7 @@ def _command(name: str, says: str) -> Iterator[str]:
     fields = kind.model_fields.items()
     for field_name, field in sorted(fields, key=lambda item: (not item[1].is_required(), item[0] not in own)):
         meaning = _options_as_code(field.description or "")
-        cells = (f"`{cli.option_name(field_name)}`", _type(field), _default(field), meaning)
+        cells = (f"`{option_name(field_name)}`", _type(field), _default(field), meaning)
         yield "| " + " | ".join(_cell(text) for text in cells) + " |"
     yield ""
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from alphatoken.errors import UserError, did_you_mean
+from alphatoken.errors import UserError, did_you_mean, option_name
 from jobs import ending
 from jobs.config_file import members, read
 
@@ -148,10 +148,6 @@ def show_tensor_file(config: Any, provenance: dict) -> None:
     """What direction and fisher say when they are done."""
     text = f"{provenance['kind']} of {provenance['parameters']} from {provenance['num_rows']} rows"
     sys.stdout.write(f"{text} ({provenance['num_tokens']} response tokens): {config.output}\n")
-
-
-def option_name(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """`alphatoken COMMAND`: each command is one job of this folder, imported only when it is called."""
 
-import difflib
 import importlib
 import sys
 from importlib import metadata
@@ -8,6 +7,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # `python jobs/main.py` puts jobs/ first on the path; the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from alphatoken.errors import did_you_mean
 
 COMMANDS = {
     "fisher": ("jobs.fisher", "diagonal Fisher of the reference model: what stability is measured with"),
@@ -40,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"alphatoken {_version()}\n")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}"
-        sys.stderr.write(f"alphatoken: unknown command {name}; {hint}\n")
+        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        sys.stderr.write(f"alphatoken: unknown command {name}{hint}\n")
         return WRONG_USE
     module, _ = COMMANDS[name]
     return importlib.import_module(module).main(arguments[1:])

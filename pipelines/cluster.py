@@ -69,7 +69,7 @@ def _own_sigterm() -> Iterator[None]:
     """What SIGTERM did before stays: Ray's C++ code would print its stack and abort the process (exit code 134)."""
     before = signal.getsignal(signal.SIGTERM)
     yield
-    if threading.current_thread() is threading.main_thread():
+    if before is not None and threading.current_thread() is threading.main_thread():  # None: not set from Python
         signal.signal(signal.SIGTERM, before)
 
 

@@ -170,9 +170,8 @@ def _evaluation_rows(config: TrainConfig, settings: dict) -> Any:
     if not settings["evaluation_shards"]:
         return None
     there = storage.read_schema(settings["evaluation_shards"][0]).names
-    columns = columns_for(config.objective, there, False, settings["stored_reference"])
-    if config.objective == "sft":  # the mask plays no part
-        columns = ["input_ids", "response_mask"]
+    masked = config.objective == "dpo"  # of rows the mask plays no part
+    columns = columns_for(config.objective, there, False, settings["stored_reference"], masked)
     return load_rows(settings["evaluation_shards"], columns)
 
 

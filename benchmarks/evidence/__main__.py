@@ -269,7 +269,7 @@ def main() -> None:
     if "detection" in parts:
         work.detect(task for task in DETECTION if asked_for(*task, arguments))
     if "answers" in parts:
-        work.answer(case for case in ANSWERED if asked_for(case[0], case[1], arguments))
+        work.answer(case for case in ANSWERED if asked_for(*case[:2], arguments))
     seeds = arguments.seeds or range(1, 4 if arguments.full else 2)  # their trial runs had seed 0
     named = {} if arguments.full else SHORT_RULES
     if "forgetting" in parts:

@@ -5,8 +5,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.evidence.report import table
-from benchmarks.evidence.stats import mean_interval
+from benchmarks.evidence.report import table, with_interval
 
 
 def detection(folder: Path) -> str:
@@ -16,19 +15,12 @@ def detection(folder: Path) -> str:
         run = json.loads(path.read_text())
         for signal, checkpoints in run["auroc"].items():
             for key in checkpoints[0]:
-                found = [areas_of[key] for areas_of in checkpoints if not math.isnan(areas_of[key])]
-                if found:
-                    areas[signal][f"{run['set']}: {key}"].append(sum(found) / len(found))
+                known = [areas_of[key] for areas_of in checkpoints if not math.isnan(areas_of[key])]
+                if known:
+                    areas[signal][f"{run['set']}: {key}"].append(sum(known) / len(known))
     keys = sorted({key for of_signal in areas.values() for key in of_signal})
-    rows = [[signal, *(area(of_signal.get(key, [])) for key in keys)] for signal, of_signal in areas.items()]
+    rows = [[name, *(with_interval(found.get(key, []), ".2f") for key in keys)] for name, found in areas.items()]
     return table(["signal", *keys], rows)
-
-
-def area(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean, width = mean_interval(values)
-    return f"{mean:.2f}" + ("" if math.isnan(width) else f" ± {width:.2f}")
 
 
 def answers(folder: Path) -> str:
@@ -37,24 +29,14 @@ def answers(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
         found[run["run"]["name"], run["run"]["set"]].append(run)
-    rows = []
-    for (name, task), runs in sorted(found.items(), key=lambda item: mean_solved(item[1])):
-        of_problems = 2 * sum(run["standard_error"] for run in runs) / len(runs)  # the same ones for every seed
-        _, of_seeds = mean_interval([run["solved"] for run in runs])
-        seeds = "" if math.isnan(of_seeds) else f"± {of_seeds:.1%}"
-        rows.append(
-            [
-                name,
-                task,
-                str(len(runs)),
-                str(runs[0]["problems"]),
-                f"{mean_solved(runs):.1%}",
-                f"± {of_problems:.1%}",
-                seeds,
-            ]
-        )
-    return table(["after", "set", "seeds", "problems", "solved", "95% over problems", "95% over seeds"], rows)
+    rows = [
+        [name, task, str(len(runs)), str(runs[0]["problems"]), with_interval([run["solved"] for run in runs], ".1%"),
+         f"± {2 * mean_of(runs, 'standard_error'):.1%}"]
+        for (name, task), runs in sorted(found.items(), key=lambda item: mean_of(item[1], "solved"))
+    ]  # fmt: skip
+    return table(["after", "set", "seeds", "problems", "solved (95% over seeds)", "95% over problems"], rows)
 
 
-def mean_solved(runs: list[dict]) -> float:
-    return sum(run["solved"] for run in runs) / len(runs)
+def mean_of(runs: list[dict], field: str) -> float:
+    """The problems are the same for every seed, so their standard errors do not shrink with more of them."""
+    return sum(run[field] for run in runs) / len(runs)

@@ -37,11 +37,15 @@ def mean(values: dict[int, float]) -> str:
 
 
 def difference(differences: list[float]) -> str:
+    return with_interval(differences, ".4f", "+")
+
+
+def with_interval(values: list[float], form: str, sign: str = "") -> str:
     """Mean and 95% interval over seeds; a single seed has none."""
-    if not differences:
+    if not values:
         return ""
-    value, width = mean_interval(differences)
-    return f"{value:+.4f}" + ("" if math.isnan(width) else f" ± {width:.4f}")
+    value, width = mean_interval(values)
+    return f"{value:{sign}{form}}" + ("" if math.isnan(width) else f" ± {width:{form}}")
 
 
 def wins(differences: list[float]) -> str:
