@@ -23,9 +23,10 @@ from alphatoken.batching import Batch
 from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
 from alphatoken.experts import FixedRouting, is_routed
+from alphatoken.float8 import check_float8
 from alphatoken.hidden_tangent import HiddenTangents, hidden_tangent, still_padding
 from alphatoken.model import ScoringModel
-from alphatoken.tangent_linear import stacked_weights, wide_products
+from alphatoken.tangent_linear import products_of, wide_products
 from alphatoken.targets import ADAPTATION, target_column
 from alphatoken.trunk import Trunk
 from alphatoken.values import Targets, TokenValues, adaptation_of, by_column
@@ -37,20 +38,23 @@ RELATIVE_STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 PROBE_TOKENS = 128
 
 
-def choose_method(method: str, dtype: torch.dtype) -> str:
-    """auto: central difference in float32, where it is precise enough and cheaper; else forward mode.
+def choose_method(method: str, dtype: torch.dtype, tangent_dtype: str | None = None) -> str:
+    """auto: central difference in float32, where it is precise enough and cheaper; else forward mode, as for tangents
+    in a dtype of their own.
 
     Forward mode costs about three passes of the scored layers, central difference two and a second pass of the head
     (benchmarks/speed.py). bfloat16 rounds a small step away.
 
     Raises:
-        UserError: central difference in bfloat16.
+        UserError: central difference in bfloat16, or of what is asked for in forward mode.
     """
+    if method == "central" and tangent_dtype:
+        raise UserError(f"--tangent-dtype {tangent_dtype} is of forward mode; leave --method central out")
     if method == "central" and dtype not in (torch.float32, torch.float64):
         raise UserError("--method central needs --dtype float32: bfloat16 rounds the step away; use --method forward")
     if method != "auto":
         return method
-    return "central" if dtype == torch.float32 else "forward"
+    return "central" if dtype == torch.float32 and not tangent_dtype else "forward"
 
 
 class Exact:
@@ -64,9 +68,11 @@ class Exact:
         parameters: the weights that values are about, as in the direction: last-layers:K, all-linear or all.
         method: forward, central, or auto (`choose_method`).
         central_step: of the direction, as another estimator of it has found it; default: it is looked for.
+        tangent_dtype: float8 or None; forward mode's products of linear layers (tangent_linear.py).
 
     Raises:
-        UserError: the method does not fit the model's dtype, or a weight is of a kind that cannot be scored.
+        UserError: the method does not fit the model's dtype, the device knows no such tangents, or a weight is of a
+            kind that cannot be scored.
     """
 
     def __init__(
@@ -77,20 +83,23 @@ class Exact:
         drift: Tensors | None = None,
         method: str = "auto",
         central_step: float | None = None,
+        tangent_dtype: str | None = None,
     ) -> None:
         self.scoring = scoring
         self.layers = decoder_layers(scoring.model)
         self.first_layer = None if parameters == "all" else first_scored_layer(scoring.model, parameters)
-        self.method = choose_method(method, scoring.dtype)
+        self.method = choose_method(method, scoring.dtype, tangent_dtype)
         directions = by_column(direction) | ({} if drift is None else {"stability": drift})
         self.shared: HiddenTangents | None = None
         if self.method == "forward":
+            if tangent_dtype:
+                check_float8(scoring.device)
             wide = wide_products(scoring.device, scoring.dtype)
             self.tangents = {}
             for name, tensors in directions.items():
-                stacked, others = stacked_weights(scoring.model, tensors) if wide else ({}, tensors)
-                self.tangents[name] = stacked, self._tangent(others)
-            if isinstance(direction, Targets) and len(directions) > 1 and not wide:
+                products, others = products_of(scoring.model, tensors, tangent_dtype, wide)
+                self.tangents[name] = products, self._tangent(others)
+            if isinstance(direction, Targets) and len(directions) > 1 and not wide and not tangent_dtype:
                 self.shared = HiddenTangents(scoring, {name: own for name, (_, own) in self.tangents.items()})
                 self.tangents = {name: ({}, own) for name, own in self.shared.parts.items()}
         else:
@@ -135,8 +144,8 @@ class Exact:
             primal, derivatives = found
             yield from ((name, primal, derivative) for name, derivative in zip(self.tangents, derivatives, strict=True))
             return
-        for name, (stacked, tangents) in self.tangents.items():
-            yield name, *hidden_tangent(self.scoring, batch, tangents, trunk, stacked)
+        for name, (products, tangents) in self.tangents.items():
+            yield name, *hidden_tangent(self.scoring, batch, tangents, trunk, products)
 
     def _head_tangents(self, tangents: Tensors) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Of the head's own weight and bias; None where they are not scored."""

@@ -23,7 +23,7 @@ from alphatoken.direction import Tensors
 from alphatoken.errors import UserError
 from alphatoken.experts import differentiable_experts
 from alphatoken.model import ScoringModel
-from alphatoken.tangent_linear import Stacked, stacked_tangents
+from alphatoken.tangent_linear import Products, tangents_by
 from alphatoken.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ NO_BATCHES = ("vmap", "batching rule")  # what torch says where an operation can
 
 @torch.no_grad()
 def hidden_tangent(
-    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: Trunk, stacked: Stacked | None = None
+    scoring: ScoringModel, batch: Batch, tangents: Tensors, trunk: Trunk, products: Products | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(final hidden states at the predicting positions, their derivative along `tangents`), each ND.
 
-    stacked: layers whose tangents are in there instead.
+    products: of layers whose tangents are in there instead.
     """
-    with forward_ad.dual_level(), stacked_tangents(stacked or {}):
+    with forward_ad.dual_level(), tangents_by(products or {}):
         named = dict(scoring.model.named_parameters())
         duals = {name: forward_ad.make_dual(named[name].detach(), tangent) for name, tangent in tangents.items()}
         predicting = forward_ad.unpack_dual(_predicting(scoring, batch, duals, trunk))

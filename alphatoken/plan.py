@@ -19,6 +19,7 @@ Trunk: the layers below the first scored one. Suffix: the others. R directions (
     exact, central          pass(trunk) + R (2 pass(suffix) + 2 head)
     exact, forward mode     pass(trunk) + R 3 pass(suffix) + 2 head         x W', x' W and x W; head: logits, dl/dh;
                                                                             R 3 head where its weights are scored
+      float8 tangents       the same, less R times linear(suffix): two of its three products count half
       several targets       pass(trunk) + (1 + 2 R) pass(suffix) + 2 head   x W is shared
     value_propagation       forward + head + S/P linear(suffix) + 5/2 attention(suffix)                 backward pass
                             + R 2 N (sum(d_in d_out) + d_in d_value) + half attention(suffix)           contraction
@@ -48,16 +49,17 @@ class Device:
     bfloat16: float
     float32: float
     memory_gb: float
+    float8: bool = False  # whether it multiplies 8-bit floats, at twice the speed of bfloat16
 
 
 DEVICES = {
-    "h100": Device(989, 67, 80),
-    "h200": Device(989, 67, 141),
-    "b200": Device(2250, 75, 180),
+    "h100": Device(989, 67, 80, float8=True),
+    "h200": Device(989, 67, 141, float8=True),
+    "b200": Device(2250, 75, 180, float8=True),
     "a100": Device(312, 19.5, 80),
     "a100-40gb": Device(312, 19.5, 40),
-    "l40s": Device(362, 91.6, 48),
-    "l4": Device(121, 30.3, 24),
+    "l40s": Device(362, 91.6, 48, float8=True),
+    "l4": Device(121, 30.3, 24, float8=True),
     "a10": Device(125, 31.2, 24),
 }
 
@@ -74,6 +76,7 @@ class LayerShape:
     value_width: int = 0  # output features that are attention values; 0 where nobody asked
     value_products: int = 0  # d_in d_value
     local_products: int = 0  # of the last layer, d_in d_out of linears that run in the span of responses alone
+    float8_weights: int = 0  # in linears that can take tangents of 8-bit floats
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Method:
     shared_pass: bool = False  # several targets in forward mode: the layers' own pass is computed once
     every_parameter: bool = False  # --parameters all: head and embeddings too
     window: int = 32
-    wide_tangents: bool = False  # bfloat16 on a CPU without AMX: [W M] in float32 (tangent_linear.py)
+    wide_tangents: bool = False  # bfloat16 on a CPU that has no instructions for it: [W M] in float32
+    float8_tangents: bool = False  # W x' and M x of 8-bit floats (both: tangent_linear.py)
     entropy: bool = False
     plain_passes: int = 0  # forward passes of the model beside its estimator: pairs by central difference
     response_outer: bool = False  # the direction sums over response positions only, and goes back there only
@@ -240,7 +244,8 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
         once = linear + attention_flops(model, suffix, work.block_pairs)
         passes = 1 + 2 * method.directions if method.shared_pass else 3 * method.directions
         heads = 3 * method.directions if method.every_parameter else 2
-        return total + shared + passes * once + heads * head
+        saved = method.directions * _float8_flops(suffix, work) if method.float8_tangents else 0.0
+        return total + shared + passes * once - saved + heads * head
     causal = 0.0
     if method.window:
         values = sum(layer.value_width for layer in suffix)
@@ -249,6 +254,12 @@ def scoring_flops(model: ModelShape, method: Method, work: Work, reference: Mode
     contraction = method.directions * 2 * work.response_tokens * products + causal
     backward = linear_flops(suffix, work.spans) + ATTENTION_BACKWARD * attention_flops(model, suffix, work.pairs)
     return total + forward + head + backward + contraction
+
+
+def _float8_flops(layers: Sequence[LayerShape], work: Work) -> float:
+    """Of `linear_flops`, those of linears that can take tangents of 8-bit floats."""
+    shares = ((layer, layer.float8_weights / layer.products) for layer in layers)
+    return sum(share * linear_flops([layer], work.positions, work.spans) for layer, share in shares)
 
 
 def direction_flops(model: ModelShape, method: Method, work: Work) -> float:

@@ -17,7 +17,8 @@ NO_VALIDATION = "VALIDATION_FILES"  # in the recommended command where none were
 # Fields that mean the same in a score run and are handed on to it.
 SHARED = (
     *DataOptions.model_fields, *ModelOptions.model_fields, "data", "objective", "validation", "direction",
-    "reference_model", "fisher", "estimator", "method", "parameters", "window", "shard_tokens", "output",
+    "reference_model", "fisher", "estimator", "method", "tangent_dtype", "parameters", "window", "shard_tokens",
+    "output",
 )  # fmt: skip
 
 
@@ -36,6 +37,9 @@ class PlanConfig(DataOptions, ModelOptions):
     fisher: str | None = Field(None, description="file for stability, which adds a second direction (not read)")
     estimator: EstimatorName = "exact"
     method: Literal["auto", "forward", "central"] = Field("auto", description="exact: as in `alphatoken score`")
+    tangent_dtype: Literal["float8"] | None = Field(
+        None, description="exact: as in `alphatoken score`; a product of 8-bit floats counts half"
+    )
     parameters: str | None = Field(
         None, description="what is scored; default: the direction's, else all-linear (value_propagation: last-layers:3)"
     )

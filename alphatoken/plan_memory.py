@@ -6,7 +6,8 @@ P positions of the largest batch, e bytes of an element, D hidden width, S score
     graph of some layers     P (e sum(d_in + 2 d_out) + 16 D)       inputs, outputs, gradients; float32 copies in norms
     forward mode             two passes + float32 scores of a block of queries
     copies                   central 2 R S e      forward mode, value_propagation R S e      forward mode in bfloat16
-                             on a CPU without AMX 8 R S
+                             on a CPU without instructions for it 8 R S
+                             float8 tangents 2 R S      W and M
     logits                   a chunk of the head in float32, and what is made of it
 
 Allocators add to that, as do the Python process (about 0.5 GB) and a GPU's context (about 0.5 GB): not counted.
@@ -20,6 +21,7 @@ from alphatoken.head import CHUNK_ELEMENTS
 from alphatoken.plan import LayerShape, Method, ModelShape, Work
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT8_BYTES = 2  # W and M, one each
 SCORE_BUFFERS = {"forward": 6, "value_propagation": 3}  # float32 arrays of (heads, QUERY_BLOCK, keys) alive at once
 
 
@@ -46,7 +48,9 @@ def copies_bytes(model: ModelShape, method: Method, element: int) -> float:
     per_weight = {"plain": 0, "central": 2 * element, "forward": element, "value_propagation": element}[method.kind]
     if method.kind == "forward" and method.wide_tangents:
         per_weight = 2 * ELEMENT_BYTES["float32"]
-    return method.directions * per_weight * model.scored(method)
+    scored = model.scored(method)
+    in_float8 = sum(layer.float8_weights for layer in model.layers[method.first_layer :]) * method.float8_tangents
+    return method.directions * (per_weight * (scored - in_float8) + FLOAT8_BYTES * in_float8)
 
 
 def activation_bytes(model: ModelShape, method: Method, element: int, positions: int) -> float:
@@ -56,7 +60,8 @@ def activation_bytes(model: ModelShape, method: Method, element: int, positions:
     scores = SCORE_BUFFERS.get(method.kind, 0) * 4 * positions * model.heads * QUERY_BLOCK
     if method.kind == "forward":
         widest = max(layer.widest for layer in suffix)
-        return 2 * plain + scores + (positions * widest * 3 * 4 if method.wide_tangents else 0)
+        own = 3 * 4 if method.wide_tangents else 4 + 1 if method.float8_tangents else 0  # of an input: [x' x]; x / s
+        return 2 * plain + scores + positions * widest * own
     if method.kind == "value_propagation":
         return plain + graph_bytes(model, suffix, element, positions) + (scores if method.window else 0)
     return plain + (positions * element * model.hidden if method.kind == "central" and method.first_layer else 0)
@@ -85,7 +90,7 @@ def actor_memory(
     starting = copies + other
     if method.directions >= 2:  # the drift in float32, made where the weights are
         starting += 4 * scored
-    same_tensors = method.kind == "forward" and dtype == "float32"  # the tangents are the loaded directions
+    same_tensors = method.kind == "forward" and dtype == "float32" and not method.float8_tangents  # as loaded
     if on_cpu and not same_tensors:  # direction files in float32: on a GPU machine they are in the host's memory
         starting += 4 * scored * method.directions
     return Memory(

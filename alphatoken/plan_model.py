@@ -21,6 +21,7 @@ from alphatoken.attention import NAME as ATTENTION
 from alphatoken.errors import UserError, first_line
 from alphatoken.exact import choose_method
 from alphatoken.experts import is_routed
+from alphatoken.float8 import fits_float8, refuse_float8
 from alphatoken.last_layer import local_linears
 from alphatoken.model import resolve_dtype
 from alphatoken.plan import LayerShape, Method, ModelShape, Work, scoring_flops
@@ -65,25 +66,31 @@ def read_run(config: PlanConfig, pairs: bool) -> PlannedRun:
     dtype = resolve_dtype(config.dtype, device)
     valued = config.estimator in ("exact", "value_propagation")
     parameters = _parameters(config) if valued else None
-    kind: Any = choose_method(config.method, dtype) if config.estimator == "exact" else config.estimator
+    kind: Any = config.estimator
+    if kind == "exact":
+        kind = choose_method(config.method, dtype, config.tangent_dtype)
     model = meta_model(config.model, config.trust_remote_code)
     if config.estimator == "value_propagation" and parameters:
         check_value_projections(scored_linears(model, parameters), model)
     shape = shape_of(model, values=config.estimator == "value_propagation")
+    if config.tangent_dtype and not any(layer.float8_weights for layer in shape.layers):
+        raise refuse_float8(model)
     reference = None
     if config.reference_model and config.reference_model != config.model:
         reference = shape_of(meta_model(config.reference_model, config.trust_remote_code))
     elif config.reference_model and config.estimator == "excess_loss":
         reference = shape  # loaded a second time
-    targets, wide = _targets(config), wide_products(device, dtype)
+    targets, float8 = _targets(config), config.tangent_dtype == "float8"
+    wide = wide_products(device, dtype) and not float8
     method = Method(
         kind=kind if valued else "plain",
         first_layer=_first_layer(model, parameters),
         directions=targets + bool(valued and config.fisher),
-        shared_pass=targets > 1 and not wide,
+        shared_pass=targets > 1 and not wide and not float8,
         every_parameter=parameters == "all",
         window=config.window,
         wide_tangents=wide,
+        float8_tangents=float8,
         entropy=config.estimator == "entropy",
         plain_passes=int(pairs and kind == "central"),
         response_outer=config.estimator == "value_propagation",
@@ -164,7 +171,12 @@ def _layer_shape(weights: list[ScoredWeight], model: PreTrainedModel, values: bo
         widest=max(max(d_out, d_in) for d_out, d_in, _ in sizes),
         value_width=value_width,
         value_products=value_products,
+        float8_weights=sum(weight.parameter.numel() for weight in weights if _takes_float8(weight)),
     )
+
+
+def _takes_float8(weight: ScoredWeight) -> bool:
+    return type(weight.module) is nn.Linear and fits_float8(weight.parameter)
 
 
 def _sizes(weight: ScoredWeight, model: PreTrainedModel) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ def plan_score(config: PlanConfig, units: list[ReadUnit], block_tokens: int, pro
     Raises:
         UserError: data, model or options cannot be used, or the wanted hours are too few.
     """
+    _check_tangents(config)
     run = read_run(config, check_data(config, units))
     encode = sequence_encoder(config.model, config, config.trust_remote_code, run.pairs)
     data = survey_rows(units, encode, config.sample_rows, progress=progress)
@@ -57,6 +58,15 @@ def plan_score(config: PlanConfig, units: list[ReadUnit], block_tokens: int, pro
         "command": command_line(config.score_config(**changes)),
         "notes": _notes(config, run, data, fit, device, hours),
     }
+
+
+def _check_tangents(config: PlanConfig) -> None:
+    able = [name for name, device in DEVICES.items() if device.float8]
+    if config.tangent_dtype and config.device not in able:
+        raise UserError(
+            f"--tangent-dtype float8 does not pay on --device {config.device}, which has no fast products of 8-bit "
+            f"floats as {', '.join(able)} have; leave it out"
+        )
 
 
 # batches that fit

@@ -61,7 +61,7 @@ def build_estimator(config: ScoreConfig, scoring: ScoringModel, direction_path: 
         tangents = Targets(direction.groups(), steps)
     if config.estimator == "exact":
         step = direction.provenance.central_step if scoring.dtype == torch.float32 else None
-        return Exact(scoring, parameters, tangents, drift, config.method, step)
+        return Exact(scoring, parameters, tangents, drift, config.method, step, config.tangent_dtype)
     return ValuePropagation(scoring, parameters, tangents, drift, config.window)
 
 

@@ -29,11 +29,13 @@ from alphatoken.batching import Batch
 from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.exact import Exact
+from alphatoken.float8 import CAPABILITY
 from alphatoken.model import ScoringModel, load_model
 from alphatoken.value_propagation import ValuePropagation
 
 K3, ALL = "last-layers:3", "all-linear"
 WINDOW = 32
+FLOAT8 = "exact, all-linear, forward mode, float8 tangents"
 PAPER = "the paper's procedure, K = 3"
 
 
@@ -71,6 +73,8 @@ def methods(scoring: ScoringModel, batch: Batch, validation: Batch, found: dict)
             "exact, K = 3, central difference": lambda: Exact(scoring, K3, last, method="central"),
             "exact, all-linear, central difference": lambda: Exact(scoring, ALL, found["all"], method="central"),
         }
+    if scoring.device.type == "cuda" and torch.cuda.get_device_capability(scoring.device) >= CAPABILITY:
+        makers[FLOAT8] = lambda: Exact(scoring, ALL, found["all"], tangent_dtype="float8")
     timed: dict[str, Callable[[], object]] = {"forward pass": forward_pass(scoring, batch)}
     for name, make in makers.items():
         estimator = make()

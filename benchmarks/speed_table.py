@@ -44,6 +44,7 @@ KINDS = {
     "exact, K = 3, forward mode": ("forward", speed.K3),
     "exact, K = 3, central difference": ("central", speed.K3),
     "exact, all-linear, forward mode": ("forward", speed.ALL),
+    speed.FLOAT8: ("float8", speed.ALL),
     "exact, all-linear, central difference": ("central", speed.ALL),
 }
 
@@ -66,7 +67,8 @@ def predicted(name: str, length: int, batch_size: int) -> dict[str, float]:
     work = count_work([length] * batch_size, [length - length // 2] * batch_size, tokens, tokens, speed.WINDOW)
     found = {}
     for method, (kind, parameters) in KINDS.items():
-        settings = Method(kind, first[parameters], window=speed.WINDOW)
+        float8 = kind == "float8"
+        settings = Method("forward" if float8 else kind, first[parameters], window=speed.WINDOW, float8_tangents=float8)
         found[method] = scoring_flops(model, settings, work) / forward_flops(model, work)
     return found
 

@@ -68,6 +68,13 @@ def _trunk_dtype(results: dict[str, Any]) -> Rows:
     return rows
 
 
+def _tangent_dtype(results: dict[str, Any]) -> Rows:
+    rows = [["what is scored, dtype", "rank correlation", "worst fifth shared"]]
+    for name, found in results["results"].items():
+        rows.append([name, f"{found['rank_correlation']:.3f}", f"{found['worst_fifth_shared']:.0%}"])
+    return rows
+
+
 def _padding(results: dict[str, Any]) -> Rows:
     rows = [["data", "rows", "longest", "`--batch-tokens`", "shard", "padding", "in shards of 1M tokens", "in order"]]
     for row in results["rows"]:
@@ -213,6 +220,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "rounds_speed": _rounds_speed,
     "compiled": _compiled,
     "trunk_dtype": _trunk_dtype,
+    "tangent_dtype": _tangent_dtype,
     "ray_overhead": _ray_overhead,
     "feeding": _feeding,
     "fidelity": _fidelity,

@@ -187,7 +187,7 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if dict in kinds:
         return {"action": "extend", "nargs": "+", "metavar": "KEY=VALUE"}
-    metavar = name.rsplit("_", 1)[-1].upper()
+    metavar = "N" if int in kinds else "X" if float in kinds else name.rsplit("_", 1)[-1].upper()
     if list in kinds:
         return {"action": "extend", "nargs": "+", "metavar": metavar}
     return {"metavar": metavar}

@@ -240,7 +240,8 @@ def _is_moved(config: ScoreConfig | DirectionConfig, scoring: ScoringModel) -> b
     """Whether float32 weights will be moved along the direction, as far as the configuration says."""
     if scoring.dtype != torch.float32 or getattr(config, "estimator", "exact") != "exact":
         return False
-    return choose_method(getattr(config, "method", "auto"), scoring.dtype) == "central"
+    method, tangent_dtype = (getattr(config, name, None) for name in ("method", "tangent_dtype"))
+    return choose_method(method or "auto", scoring.dtype, tangent_dtype) == "central"
 
 
 def class_weight_table(weights: dict[str, float], model: str, trust_remote_code: bool) -> torch.Tensor:

@@ -15,6 +15,7 @@ from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact, choose_method
 from alphatoken.model import load_model, prepare_model
+from alphatoken.tangent_linear import wide_products
 from alphatoken.values import Targets
 
 FORWARD, CENTRAL = 1e-5, 1e-2
@@ -188,6 +189,15 @@ def test_method_is_chosen_by_dtype_and_cost():
     assert choose_method("auto", torch.float64) == choose_method("auto", torch.bfloat16) == "forward"
     with pytest.raises(UserError, match="float32"):
         choose_method("central", torch.bfloat16)
+
+
+@pytest.mark.parametrize("able", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_a_cpu_that_multiplies_bfloat16_does_so(able, monkeypatch):
+    for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda check=check: check == able)
+    cpu = torch.device("cpu")
+    assert wide_products(cpu, torch.bfloat16) == (able is None)
+    assert not wide_products(cpu, torch.float32) and not wide_products(torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("wide", [True, False])

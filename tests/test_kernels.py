@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from alphatoken import attention, banded_average, contraction, kernel_trial
+from alphatoken import attention, banded_average, contraction, float8, kernel_trial
 from alphatoken.attention import AttentionInputs, attend_in_blocks
 from alphatoken.banded_average import average_in_blocks
 from alphatoken.contraction import bilinear_by_product
+from alphatoken.float8 import scaled_in_steps
 from tests.stacks.beside import run_beside
 
 HEADS = [(1, 1, 1, 1, 16), (2, 4, 2, 70, 16), (1, 6, 2, 129, 32), (2, 2, 2, 64, 64), (1, 2, 1, 33, 128)]  # B H G T D
 BANDS = list(zip(HEADS, (1, 8, 32, 33, 200), strict=True))  # with the window
+ROWS = [(1, 16), (70, 100), (3, 1030)]  # N D
 LINEARS = [(1, 16, 16), (70, 33, 100), (129, 200, 64), (64, 64, 32)]  # N D_out D_in
 
 
@@ -53,11 +55,18 @@ def contract(tokens, d_out, d_in, **how):
     return ("contraction_kernel", "contract", given), [bilinear_by_product(*given)]
 
 
+def in_float8(*sizes, **how):
+    (x,) = draw(sizes, **how)
+    x[-1] = 0.0
+    return ("scaling_kernel", "scale_rows", (x,)), scaled_in_steps(x)
+
+
 def all_cases(**how):
     return [
         *(attend(shape, **how) for shape in HEADS),
         *(average(shape, window, **how) for shape, window in BANDS),
         *(contract(*sizes, **how) for sizes in LINEARS),
+        *(in_float8(*sizes, **how) for sizes in ROWS),
     ]
 
 
@@ -84,6 +93,7 @@ def test_kernels_equal_pytorch_on_a_gpu(dtype, limit):
     how = {"device": "cuda", "dtype": dtype}
     shape = (2, 8, 2, 2050, 128)
     large = [attend(shape, **how), average(shape, 32, **how), contract(3000, 900, 700, **how)]
+    large.append(in_float8(3000, 4112, **how))
     for (module, name, given), expected in [*all_cases(**how), *large]:
         check(getattr(importlib.import_module(f"alphatoken.{module}"), name)(*given), expected, limit)
 
@@ -162,9 +172,9 @@ def offered(monkeypatch):
         names.append(name)
         return usual()
 
-    for module in (attention, banded_average, contraction):
+    for module in (attention, banded_average, contraction, float8):
         monkeypatch.setattr(module, "run_better", run_better)
-    for module in (attention, contraction):
+    for module in (attention, contraction, float8):
         monkeypatch.setattr(module, "can_run", lambda *tensors: True)
     return names
 
@@ -180,7 +190,9 @@ def test_each_kernel_is_offered_its_work(offered):
     check(banded_average.banded_average(inputs, delta, window), expected, 1e-6)
     (_, _, given), expected = contract(9, 8, 7)
     check(contraction.bilinear(*given), expected, 1e-6)
-    assert offered == ["attention and tangent", "banded attention", "contraction"]
+    (_, _, given), expected = in_float8(9, 32)
+    check(float8.scaled_rows(*given), expected, 1e-6)
+    assert offered == ["attention and tangent", "banded attention", "contraction", "rows in 8-bit floats"]
 
 
 @pytest.mark.parametrize("special", [{"softcap": 30.0}, {"mask": torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()}])

@@ -213,9 +213,15 @@ def sdpa_backward_flops(gradient_shape, *shapes, out_shape=None, **kwargs) -> in
     return sdpa_flops(*shapes[:3]) * 5 // 2
 
 
+def half_mm_flops(left_shape, right_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of 8-bit floats."""
+    return left_shape[0] * left_shape[1] * right_shape[1]
+
+
 COUNTED = {  # torch counts the GPU's kernels only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flops,
+    torch.ops.aten._scaled_mm_v2: half_mm_flops,
 }
 
 
@@ -285,6 +291,18 @@ def test_a_position_pays_for_its_own_experts(kind):
     assert model.scored(Method("forward")) == sum(direction.numel() for direction in directions.values())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_of_three_products_count_half_in_8_bit_floats(wide_model, first):
+    length = QUERY_BLOCK + 20
+    batch = make_batch([[3 + t % 50 for t in range(length)]] * 2, [[t >= length // 2 for t in range(length)]] * 2)
+    model, work = shape_of(wide_model.model), count_work([length] * 2, [length - length // 2] * 2, 10**6, 10**6)
+    parameters = f"last-layers:{2 - first}"
+    direction = {name: p.detach() for name, p in scored_parameters(wide_model.model, parameters).items()}
+    estimator = Exact(wide_model, parameters, direction, tangent_dtype="float8")
+    expected = scoring_flops(model, Method("forward", first, float8_tangents=True), work)
+    assert counted(lambda: estimator(batch)) == pytest.approx(expected, rel=0.03)
+
+
 def test_other_passes_are_added(wide_model):
     model = shape_of(wide_model.model)
     work = Work(positions=100, pairs=1000, block_pairs=1000, response_tokens=50, spans=60)
@@ -337,8 +355,8 @@ def test_copies_are_the_tensors_that_an_estimator_keeps(quick_search, parameters
     def bytes_of(*groups: dict) -> int:
         return sum(tensor.nbytes for group in groups for tensor in group.values())
 
-    def planned(kind: str, directions: int, wide: bool = False) -> float:
-        method = Method(kind, first, directions, every_parameter=parameters == "all", wide_tangents=wide)
+    def planned(kind: str, directions: int, **how) -> float:
+        method = Method(kind, first, directions, every_parameter=parameters == "all", **how)
         return copies_bytes(shape, method, element)
 
     if dtype == "float32":
@@ -346,10 +364,14 @@ def test_copies_are_the_tensors_that_an_estimator_keeps(quick_search, parameters
         kept = [tensors for plus, minus, _ in central.steps.values() for tensors in (plus, minus)]
         assert bytes_of(*kept) == planned("central", 2)
     exact = Exact(scoring, parameters, direction, None, "forward")
-    stacked, others = exact.tangents["adaptation"]
-    wide = bool(stacked)
+    products, others = exact.tangents["adaptation"]
+    wide = dict(enumerate(product.stacked for product in products.values()))
     if not (wide and parameters == "all"):  # there a few small tensors stay as they are
-        assert bytes_of(stacked, others) == planned("forward", 1, wide)
+        assert bytes_of(wide, others) == planned("forward", 1, wide_tangents=bool(wide))
+    products, others = Exact(scoring, parameters, direction, None, tangent_dtype="float8").tangents["adaptation"]
+    factors = dict(enumerate(rows for p in products.values() for rows, _ in (p.weight, p.tangent)))
+    if parameters != "all":
+        assert factors and bytes_of(factors, others) == planned("forward", 1, float8_tangents=True)
     if parameters != "all":
         propagation = ValuePropagation(scoring, parameters, direction, drift)
         assert bytes_of(*propagation.directions.values()) == planned("value_propagation", 2)
@@ -467,6 +489,16 @@ def test_batches_shrink_until_they_fit(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 # the command line
+
+
+def test_tangents_of_8_bit_floats(tiny_checkpoint, tmp_path):
+    file = write(tmp_path / "a.jsonl", chats(4, 5))
+    plain, float8 = (plan(tiny_checkpoint, [file], tangent_dtype=dtype) for dtype in (None, "float8"))
+    assert float8["flops"]["scoring"] < plain["flops"]["scoring"]
+    assert "--tangent-dtype float8" in float8["command"]
+    for device in ("a100", "cpu"):
+        with pytest.raises(UserError, match=f"does not pay on --device {device}.* as h100, h200, b200, l40s, l4 have"):
+            plan(tiny_checkpoint, [file], tangent_dtype="float8", device=device)
 
 
 def test_devices_are_in_the_table():
