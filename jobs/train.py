@@ -39,7 +39,8 @@ def training_bar(config: TrainConfig) -> Iterator[Callable[[dict], None]]:
     with progress_bar("steps") as bar:
 
         def progress(line: dict) -> None:
-            bar.print(_text(line))
+            if any(name in line for name in SHOWN):  # the last line of a run has only its totals
+                bar.print(_text(line))
             epoch = line.get("epoch")
             total = config.max_steps or (round(line["step"] * config.epochs / epoch) if epoch else None)
             bar.update("training", line["step"], total)

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from alphatoken import row_count, storage
 from alphatoken.row_count import count_rows
+from alphatoken.train_config import TrainConfig
 from jobs import progress
 from jobs.progress import progress_bar, rate
+from jobs.train import training_bar
 
 
 def screen(monkeypatch, terminal: bool, clock=time.monotonic) -> io.StringIO:
@@ -73,3 +75,11 @@ def test_rows_are_counted(tmp_path, monkeypatch):
     assert count_rows(sources) == 15 and count_rows(sources, most=4) == 11
     monkeypatch.setattr(row_count, "CHEAP_BYTES", 10)
     assert count_rows(sources) is None and count_rows(sources[2:]) == 5
+
+
+def test_a_line_of_training_says_something(monkeypatch):
+    file = screen(monkeypatch, False)
+    with training_bar(TrainConfig(data=["d"], model="m", output="o", max_steps=1)) as told:
+        told({"step": 1, "epoch": 0.5, "loss": 2.0, "grad_norm": None})
+        told({"step": 1, "epoch": 0.5, "train_loss": 2.0, "train_runtime": 3.0})  # totals: the table has them
+    assert file.getvalue().splitlines() == ["step 1 (epoch 0.50)  loss 2  grad_norm not finite"]
