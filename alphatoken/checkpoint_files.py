@@ -8,7 +8,9 @@ from alphatoken.embedded import resolve_model
 from alphatoken.tokenizer import load_config
 
 # Weights, configuration, tokenizer and chat template; not a README or an optimizer's state
-SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model"})
+SETTINGS = frozenset({".json", ".jinja", ".model"})
+SUFFIXES = SETTINGS | {".safetensors", ".bin"}
+INDEX = ".index.json"  # of weights in several files
 BLOCK = 2**12  # bytes
 BLOCKS = 2**10  # read of a larger file, evenly spaced: training moves nearly every weight
 
@@ -23,20 +25,31 @@ def files_fingerprint(name: str, trust_remote_code: bool = False) -> str:
     Raises:
         UserError: there is no such model.
     """
+    return _fingerprint(name, trust_remote_code, SUFFIXES)
+
+
+def settings_fingerprint(name: str, trust_remote_code: bool = False) -> str:
+    """The same of everything but the weights: what a `model.fingerprint` does not see and values depend on."""
+    return _fingerprint(name, trust_remote_code, SETTINGS)
+
+
+def _fingerprint(name: str, trust_remote_code: bool, suffixes: frozenset[str]) -> str:
     folder = Path(resolve_model(name))
     if is_adapter(name):
-        base = files_fingerprint(base_of(name), trust_remote_code)
-        return hashlib.sha256(f"{base}{_of_folder(folder)}".encode()).hexdigest()[:32]
+        base = _fingerprint(base_of(name), trust_remote_code, suffixes)
+        return hashlib.sha256(f"{base}{_of_folder(folder, suffixes)}".encode()).hexdigest()[:32]
     if not folder.is_dir():
         config = load_config(name, trust_remote_code)
         return str(getattr(config, "_commit_hash", None) or name)
-    return _of_folder(folder)
+    return _of_folder(folder, suffixes)
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(folder: Path, suffixes: frozenset[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.is_file():
+        if suffixes == SETTINGS and path.name.endswith(INDEX):
+            continue
+        if path.suffix in suffixes and path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name}\0{size}\0".encode())
             with path.open("rb") as stream:

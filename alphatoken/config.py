@@ -126,6 +126,12 @@ class TrunkOptions(BaseModel):
     )
 
 
+def check_positions(positions: str | None, parameters: str | None) -> None:
+    """Raises ValueError for weights that are not used at positions."""
+    if positions == "response" and parameters == "all":
+        raise ValueError("--positions response is defined for linear weights; use last-layers:K or all-linear")
+
+
 class DirectionShape(BaseModel):
     """How validation rows become a direction."""
 
@@ -180,8 +186,16 @@ class DirectionConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Dire
 
     _parameters = field_validator("parameters")(check_parameters)
 
+    @model_validator(mode="after")
+    def _positions_fit(self):
+        check_positions(self.positions, self.parameters)
+        return self
+
 
 MAKE_A_DIRECTION = set(DirectionOptions.model_fields) - {"validation_objective", "beta"}  # those are about pairs, too
+# What baselines make no use of.
+ABOUT_WEIGHTS = MAKE_A_DIRECTION | {"validation", "direction", "method", "tangent_dtype", "parameters", "trunk_dtype"}
+ABOUT_WEIGHTS |= {"fisher", "window", "terms"}
 STABILITY_NEEDS = "stability needs both --fisher and --reference-model; without them leave both out"
 
 
@@ -213,8 +227,8 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
     )
     parameters: str | None = Field(
         None,
-        description=f"what is scored: {PARAMETERS}; default: the direction's, else all-linear (value_propagation: "
-        "last-layers:3)",
+        description=f"what is scored: {PARAMETERS}; default: the direction's or the Fisher's, else all-linear "
+        "(value_propagation: last-layers:3)",
     )
     window: int = Field(32, ge=0, description="value_propagation: causal window in tokens")
     terms: bool = Field(False, description="value_propagation: also write the paper's four terms")
@@ -241,14 +255,16 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
                 raise ValueError(STABILITY_NEEDS)
             if self.reference_model and not self.fisher and self.objective == "sft":
                 raise ValueError(STABILITY_NEEDS)
-        elif self.trunk_dtype or self.gpus_per_actor > 1:
-            what = "--trunk-dtype" if self.trunk_dtype else "--gpus-per-actor above 1"
-            raise ValueError(f"{what} is for exact and value_propagation; {self.estimator} scores no layers")
-        elif self.fisher:
-            raise ValueError(f"--fisher is for exact and value_propagation; {self.estimator} knows no stability")
-        if self.tangent_dtype and (self.estimator != "exact" or self.method == "central"):
-            other = f"--estimator {self.estimator}" if self.estimator != "exact" else "--method central"
-            raise ValueError(f"--tangent-dtype is for exact in forward mode, not for {other}")
+        elif given := self.not_default(ABOUT_WEIGHTS):
+            names = ", ".join(map(option_name, given))
+            raise ValueError(f"{names}: for exact and value_propagation; {self.estimator} is about no weights")
+        elif self.gpus_per_actor > 1:
+            raise ValueError(f"--gpus-per-actor above 1 is for exact and value_propagation, not for {self.estimator}")
+        if self.estimator != "exact" and (given := self.not_default({"method", "tangent_dtype"})):
+            raise ValueError(f"{option_name(given[0])} is for --estimator exact")
+        if self.tangent_dtype and self.method == "central":
+            raise ValueError("--tangent-dtype is of forward mode; leave --method central out")
+        check_positions(self.positions, self.parameters)
         if self.estimator == "excess_loss" and not self.reference_model:
             raise ValueError("estimator excess_loss needs --reference-model")
         if self.terms and self.estimator != "value_propagation":

@@ -49,6 +49,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
+def planned_dtype(dtype: str, gpus: float) -> str:
+    """The name of what `resolve_dtype` gives in a process that has so many GPUs, or part of one."""
+    return str(resolve_dtype(dtype, torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -120,7 +125,10 @@ def prepare_model(model: PreTrainedModel) -> ScoringModel:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identifies a checkpoint by samples of every weight in bfloat16: the same in whatever dtype it is loaded."""
+    """Identifies a checkpoint by samples of every weight in bfloat16: the same in whatever dtype it is loaded.
+
+    What configuration and tokenizer say is not in it: see `checkpoint_files.settings_fingerprint`.
+    """
     known = getattr(model, "checkpoint_fingerprint", None)  # of one whose trunk was quantised since
     if known:
         return str(known)
@@ -131,4 +139,8 @@ def fingerprint(model: nn.Module) -> str:
         sample = flat[::stride].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # of an adapter: what its product is multiplied by
+            digest.update(f"{name}{sorted(scaling.items())}".encode())
     return digest.hexdigest()[:32]

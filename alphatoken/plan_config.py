@@ -34,14 +34,16 @@ class PlanConfig(DataOptions, ModelOptions):
     validation: list[str] = Field([], description="validation files; their direction is then part of the cost")
     direction: str | None = Field(None, description="file that `alphatoken direction` wrote")
     reference_model: str | None = Field(None, description="as in `alphatoken score`; its passes and memory count")
-    fisher: str | None = Field(None, description="file for stability, which adds a second direction (not read)")
+    fisher: str | None = Field(None, description="file for stability, a second direction; need not be there yet")
     estimator: EstimatorName = "exact"
     method: Literal["auto", "forward", "central"] = Field("auto", description="exact: as in `alphatoken score`")
     tangent_dtype: Literal["float8"] | None = Field(
         None, description="exact: as in `alphatoken score`; a product of 8-bit floats counts half"
     )
     parameters: str | None = Field(
-        None, description="what is scored; default: the direction's, else all-linear (value_propagation: last-layers:3)"
+        None,
+        description="what is scored; default: the direction's or the Fisher's, else all-linear (value_propagation: "
+        "last-layers:3)",
     )
     window: int = Field(32, ge=0, description="value_propagation: causal window in tokens")
     shard_tokens: int | None = Field(None, ge=1, description="about this many tokens per output shard")

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alphatoken.config import DataOptions
-from alphatoken.encode import Encoder, check_source
+from alphatoken.encode import check_source
 from alphatoken.errors import BadRowError, UserError
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.plan_config import PlanConfig
 from alphatoken.sources import ReadUnit, SourceRow, plan_units, read_unit
 from alphatoken.targets import validation_files
-from alphatoken.tokenizer import load_config, load_tokenizer
+from alphatoken.tokenizer import load_tokenizer
 
 ROWS_PER_REPORT = 500  # of progress
 
@@ -73,8 +74,7 @@ class Survey:
 
 def sequence_encoder(model: str, options: DataOptions, trust_remote_code: bool, pairs: bool) -> Callable:
     """A function from the data of a row to its Sequences; it raises BadRowError. Reads the tokenizer, no weights."""
-    vocabulary = load_config(model, trust_remote_code).get_text_config().vocab_size
-    encoder = Encoder(load_tokenizer(model, trust_remote_code), options, vocabulary)
+    encoder = make_encoder(model, options, trust_remote_code)
     pair_encoder = PairEncoder(encoder)
 
     def encode(row: dict) -> Sequences:

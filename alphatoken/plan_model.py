@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alphatoken import tensor_file
+from alphatoken import storage, tensor_file
+from alphatoken.adapters import base_of, is_adapter
 from alphatoken.architecture import (
     ScoredLinear,
     ScoredWeight,
@@ -62,6 +63,12 @@ class PlannedRun:
 
 
 def read_run(config: PlanConfig, pairs: bool) -> PlannedRun:
+    """Raises UserError for an adapter, a model or a file that cannot be planned with."""
+    if is_adapter(config.model):
+        raise UserError(
+            f"{config.model} is a LoRA adapter, and a plan is of whole models: give --model {base_of(config.model)}; "
+            "the adapter adds next to nothing to it"
+        )
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = resolve_dtype(config.dtype, device)
     valued = config.estimator in ("exact", "value_propagation")
@@ -100,11 +107,15 @@ def read_run(config: PlanConfig, pairs: bool) -> PlannedRun:
 
 
 def _parameters(config: PlanConfig) -> str:
-    """What is scored: as asked, else as the direction says, else the estimator's default."""
-    found = tensor_file.read_provenance(config.direction, "direction").parameters if config.direction else None
-    if found and config.parameters and found != config.parameters:
-        raise UserError(f"{config.direction} covers --parameters {found}, not {config.parameters}; make it again")
-    return config.parameters or found or default_parameters(config.estimator)
+    """What is scored: as asked, else as the direction says or a Fisher that is there, else the estimator's default."""
+    parameters = config.parameters
+    for path, kind in ((config.direction, "direction"), (config.fisher, "fisher")):
+        if path and (kind == "direction" or storage.exists(path)):
+            found = tensor_file.read_provenance(path, kind).parameters
+            parameters = parameters or found
+            if found != parameters:
+                raise UserError(f"{path} covers --parameters {found}, not {parameters}; make it again")
+    return parameters or default_parameters(config.estimator)
 
 
 def _targets(config: PlanConfig) -> int:

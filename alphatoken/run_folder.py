@@ -37,6 +37,7 @@ SHARD_FILES = {
     "sums": re.compile(r"^([0-9]{15})\.safetensors$"),
 }
 BESIDE_SHARDS = {  # files and folders that these stages have beside the others
+    "score": ("direction.safetensors.parts",),
     "train": ("metrics.jsonl", "evaluation.parquet", "checkpoints", "encoded", "windows", "model", "adapter"),
     "export": ("dataset",),
 }

@@ -74,16 +74,21 @@ def check_covers(file: tensor_file.TensorFile, path: str, scoring: ScoringModel,
                 raise UserError(f"{path} has no {what} for {name} of shape {tuple(parameter.shape)}")
 
 
+def check_stability(config: ScoreConfig) -> None:
+    """Raises UserError for a model that has none."""
+    if config.fisher and is_adapter(config.model):
+        raise UserError(
+            f"{config.model} is a LoRA adapter, whose base weights have not moved: for stability merge it into its "
+            "base model and score that"
+        )
+
+
 def _drift(
     config: ScoreConfig, scoring: ScoringModel, parameters: str, scale: directions.Tensors
 ) -> directions.Tensors | None:
     if not config.fisher:
         return None
-    if is_adapter(config.model):
-        raise UserError(
-            f"{config.model} is a LoRA adapter, whose base weights have not moved: for stability merge it into its "
-            "base model and score that"
-        )
+    check_stability(config)
     assert config.reference_model is not None
     reference = _as_stored(config.reference_model, config)
     fisher = tensor_file.load(config.fisher, "fisher")

@@ -14,8 +14,8 @@ from common import DATA_HELP, embedded_file, print_table, write_result
 from alphatoken.batching import plan_batches
 from alphatoken.config import EMBEDDED_MODEL, DataOptions, ScoreConfig
 from alphatoken.errors import BadRowError
+from alphatoken.model_encoder import make_encoder
 from alphatoken.sources import plan_units, read_unit
-from pipelines.encode import make_encoder
 from pipelines.score import LARGEST_SHARD, shard_tokens
 
 BUDGETS = (4096, 16384)  # --batch-tokens

@@ -33,12 +33,13 @@ def bare_loop(config: ScoreConfig) -> None:
     import pyarrow as pa
 
     from alphatoken.model import load_model
+    from alphatoken.model_encoder import make_encoder
     from alphatoken.scoring import build_estimator, score_table
     from alphatoken.sources import plan_units, read_unit
     from alphatoken.storage import write_table
     from pipelines.cluster import prepare_worker, torch_threads
     from pipelines.direction import make_direction
-    from pipelines.encode import EncodePlan, encode_row, make_encoder, row_columns
+    from pipelines.encode import EncodePlan, encode_row, row_columns
     from pipelines.score import shard_tokens
 
     prepare_worker(torch_threads())  # the process's settings are the same on both sides

@@ -53,7 +53,7 @@ def show_score(config: ScoreConfig, manifest: dict) -> None:
     table.add_row("rows", f"{counts['rows_out']:,} of {counts['rows_in']:,}")
     table.add_row("response tokens", f"{counts['response_tokens']:,} of {counts['tokens']:,}")
     if counts["rows_truncated"]:
-        table.add_row("truncated", f"{counts['rows_truncated']:,} rows, at {config.max_length} tokens")
+        table.add_row("truncated", f"{counts['rows_truncated']:,} rows, to what --max-length and the model allow")
     if counts.get("rows_special_tokens"):
         table.add_row("special tokens", f"{counts['rows_special_tokens']:,} rows have some in their text")
     if counts["rows_quarantined"]:

@@ -18,6 +18,7 @@ from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import UserError
 from alphatoken.exact import Exact, choose_method
 from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_direction import PairWeights
 from alphatoken.pair_encode import PairEncoder, check_pair_source, is_pair_data
 from alphatoken.quantized_trunk import QuantizedTrunk
@@ -30,7 +31,7 @@ from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction_checks import check_direction, tell
 from pipelines.direction_identity import NO_TRAINING_ROWS, direction_provenance, direction_run, preconditioner_files
-from pipelines.encode import good_rows, make_encoder
+from pipelines.encode import good_rows
 from pipelines.kept_sum import KeptSums, open_parts
 from pipelines.progress import Phase, Tally, Tick, counted, get_all, no_tick, tick_of
 from pipelines.refused import Refused, died, reasons, report_refused, write_refused

@@ -3,7 +3,7 @@
 from typing import Any
 
 from alphatoken import tensor_file
-from alphatoken.checkpoint_files import files_fingerprint
+from alphatoken.checkpoint_files import files_fingerprint, settings_fingerprint
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.sources import data_fingerprint
@@ -17,6 +17,7 @@ def direction_run(
 ) -> dict[str, Any]:
     """What makes this direction and no other: fields of Provenance. model: its fingerprint; dtype: its name."""
     options = direction_identity(config, positions) | {"dtype": dtype}
+    options["model_settings"] = settings_fingerprint(config.model, config.trust_remote_code)
     if config.preconditioner != "none":
         options["preconditioner_fingerprint"] = data_fingerprint(preconditioner_files(config))
     return {

@@ -12,27 +12,29 @@ from typing import Any
 import torch
 
 from alphatoken import storage, tensor_file
+from alphatoken.adapters import base_of
 from alphatoken.config import DataOptions, DirectionConfig, ScoreConfig, StageConfig
 from alphatoken.errors import UserError
 from alphatoken.fisher_config import FisherConfig
 from alphatoken.generate_config import GenerateConfig, PairConfig
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import is_pair_data
 from alphatoken.plan_data import Sequences, Survey, sequence_encoder, survey_rows
 from alphatoken.prompts import PromptReader
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.run_folder import UNKNOWN, RunFolder, manifest_of
 from alphatoken.schedule import Schedule
-from alphatoken.sources import ReadUnit, data_fingerprint, file_bytes, plan_units
+from alphatoken.sources import ReadUnit, file_bytes, plan_units
 from alphatoken.targets import validation_files
 from alphatoken.tokenizer import load_config
 from alphatoken.train_config import TrainConfig
 from pipelines.cluster import LOCAL_CPUS
 from pipelines.direction import check_direction_inputs
 from pipelines.direction_identity import direction_run
-from pipelines.encode import make_encoder
 from pipelines.engines import choose_engine
 from pipelines.fisher import ANY_LENGTH, check_fisher, fisher_run
 from pipelines.generate import check_generate, generate_identity
+from pipelines.generate import input_fingerprints as generate_fingerprints
 from pipelines.live_values import data_options
 from pipelines.pair import check_pair
 from pipelines.rounds import check_room, make_schedule
@@ -57,7 +59,7 @@ def dry_run(config: StageConfig) -> dict:
     facts, identity = CHECKS[type(config)](config)
     for name in MODELS:
         if model := getattr(config, name, None):
-            load_config(model, getattr(config, "trust_remote_code", False))
+            load_config(base_of(model), getattr(config, "trust_remote_code", False))
     _check_writable(config.output)
     state = _file_state(config) if identity is None else _folder_state(config, identity)
     return {"dry_run": True, "output": config.output, "state": state} | facts
@@ -82,7 +84,7 @@ def _file_state(config: StageConfig) -> str:
         there = tensor_file.finished(config.output, "direction", run, config.overwrite)
     else:
         assert isinstance(config, FisherConfig)
-        there = tensor_file.finished(config.output, "fisher", fisher_run(config, UNKNOWN), config.overwrite)
+        there = tensor_file.finished(config.output, "fisher", fisher_run(config, UNKNOWN, UNKNOWN), config.overwrite)
     return "finished" if there else "replace"
 
 
@@ -185,7 +187,7 @@ def _generate(config: GenerateConfig) -> Found:
         facts["used_prompts"] = usable = most if usable is None else min(usable, most)
     facts["responses"] = None if usable is None else usable * config.samples
     facts |= {"longest_response": config.max_new_tokens, "context": plan.context, "engine": engine}
-    return facts, generate_identity(plan, engine, {"model": UNKNOWN, "data": data_fingerprint(units)})
+    return facts, generate_identity(plan, engine, {"model": UNKNOWN} | generate_fingerprints(config, units))
 
 
 def _pair(config: PairConfig) -> Found:

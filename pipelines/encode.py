@@ -13,14 +13,13 @@ import pyarrow as pa
 import ray.data
 
 from alphatoken import schema
-from alphatoken.adapters import base_of
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.errors import BadRowError
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import EncodedPair, PairEncoder
 from alphatoken.prompts import PromptReader
 from alphatoken.sources import ReadUnit, SourceRow, read_unit
-from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.refused import Refused
 
 ROWS_PER_TABLE = 8  # what a block can be larger than it was meant to be
@@ -32,8 +31,6 @@ ORIGIN = [
     pa.field("special_tokens", pa.bool_()),  # whether special tokens are written in its text
 ]
 
-
-LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm", "biogpt"}  # a longer row fails, on GPUs all do
 KEPT = "kept: "  # before the names of kept columns while they travel: an input may have a column called `source`
 
 ENCODED_AS = {"rows": schema.ENCODED, "pairs": schema.ENCODED_PAIRS, "prompts": schema.ENCODED_PROMPTS}
@@ -55,17 +52,6 @@ class EncodePlan:
     def arrow_schema(self) -> pa.Schema:
         kept = [pa.field(KEPT + name, pa.string()) for name in self.keep_columns]
         return pa.schema([*ENCODED_AS[self.kind], *kept, *ORIGIN])
-
-
-def make_encoder(model: str, options: DataOptions, trust_remote_code: bool = False) -> Encoder:
-    """The encoder of a model's tokenizer; its configuration alone is read, not its weights.
-
-    Rows are cut at `options.max_length`, and at the positions that a model has learned where those are fewer.
-    """
-    config = load_config(base_of(model), trust_remote_code).get_text_config()
-    if config.model_type in LEARNED_POSITIONS and options.max_length > config.max_position_embeddings:
-        options = options.model_copy(update={"max_length": config.max_position_embeddings})
-    return Encoder(load_tokenizer(model, trust_remote_code), options, config.vocab_size)
 
 
 def encoded_dataset(units: list[ReadUnit], plan: EncodePlan, block_bytes: int) -> ray.data.Dataset:

@@ -20,13 +20,15 @@ from transformers import AutoModelForCausalLM
 from alphatoken import storage, tensor_file
 from alphatoken.architecture import scored_linears
 from alphatoken.batching import Batch, plan_batches
+from alphatoken.checkpoint_files import settings_fingerprint
 from alphatoken.config import DataOptions
 from alphatoken.direction import GradientSum
 from alphatoken.errors import UserError
 from alphatoken.fisher import fisher_sum, mean_of, sampled_batch
 from alphatoken.fisher_config import FisherConfig
 from alphatoken.generate_config import SamplingOptions
-from alphatoken.model import load_model
+from alphatoken.model import load_model, planned_dtype
+from alphatoken.model_encoder import make_encoder
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.run_folder import RunFolder
 from alphatoken.sources import check_outside, data_fingerprint, plan_units, read_unit
@@ -34,7 +36,6 @@ from alphatoken.tokenizer import load_config
 from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, connect, prepare_worker, torch_threads, user_errors
 from pipelines.direction import one_accelerator
-from pipelines.encode import make_encoder
 from pipelines.engines import REQUESTS, EnginePlan, answered, choose_engine, engine_room, make_plan, sample_seed
 from pipelines.generate import model_fingerprint, prompt_request, write_responses
 from pipelines.kept_sum import Block, KeptSums, open_parts
@@ -57,7 +58,8 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     connect(engine_room(config))
     with user_errors():
-        run = fisher_run(config, ray.get(model_fingerprint.remote(config.model, config.trust_remote_code)))
+        model = ray.get(model_fingerprint.remote(config.model, config.trust_remote_code))
+        run = fisher_run(config, model, planned_dtype(config.dtype, one_accelerator().get("num_gpus", 0)))
         if there := tensor_file.finished(config.output, "fisher", run, config.overwrite):
             logger.info("%s is already finished", config.output)
             return asdict(there)
@@ -70,10 +72,11 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
             return ray.get(make.remote(config, run, folder.uri, torch_threads(), counter))
 
 
-def fisher_run(config: FisherConfig, model: Any) -> dict[str, Any]:
-    """What makes this Fisher and no other: fields of Provenance. model: its fingerprint."""
-    names = ("num_prompts", "max_prompt_tokens", "max_new_tokens", "seed", "columns", "dtype")
-    options = {name: getattr(config, name) for name in names} | {"engine": choose_engine(config)}
+def fisher_run(config: FisherConfig, model: Any, dtype: Any) -> dict[str, Any]:
+    """What makes this Fisher and no other: fields of Provenance. model: its fingerprint; dtype: its name."""
+    names = ("num_prompts", "max_prompt_tokens", "max_new_tokens", "seed", "columns", "engine_options")
+    options = {name: getattr(config, name) for name in names} | {"engine": choose_engine(config), "dtype": dtype}
+    options["model_settings"] = settings_fingerprint(config.model, config.trust_remote_code)
     return {
         "model_fingerprint": model,
         "parameters": config.parameters,

@@ -25,11 +25,12 @@ import torch
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
 from alphatoken.chat import ChatRenderer
+from alphatoken.checkpoint_files import settings_fingerprint
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoder
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.generate_config import GenerateConfig, SamplingOptions
-from alphatoken.model import fingerprint, load_model
+from alphatoken.model import fingerprint, load_model, planned_dtype
 from alphatoken.prompts import PromptReader, check_prompt_source
 from alphatoken.readers import ROWS_PER_FILE
 from alphatoken.run_folder import RunFolder, row_id_runs
@@ -86,7 +87,7 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     connect(engine_room(config))
     with user_errors():
         model = ray.get(model_fingerprint.remote(config.model, config.trust_remote_code))
-        fingerprints = {"model": model, "data": data_fingerprint(units)}
+        fingerprints = {"model": model, **input_fingerprints(config, units)}
         if folder.open(generate_identity(plan, engine, fingerprints), config.overwrite) == "finished":
             logger.info("%s is already finished", folder.uri)
             return folder.manifest()
@@ -101,12 +102,26 @@ def run_generate(config: GenerateConfig, progress: Progress | None = None) -> di
     return manifest
 
 
+def input_fingerprints(config: GenerateConfig, units: list[ReadUnit]) -> dict:
+    """Of everything but the weights."""
+    return {
+        "model_settings": settings_fingerprint(config.model, config.trust_remote_code),
+        "data": data_fingerprint(units),
+    }
+
+
 def generate_identity(plan: PromptPlan, engine: str, fingerprints: dict) -> dict:
     """What the output folder keeps of the run, to know it again."""
     settings = plan.config.model_dump(mode="json", exclude=NOT_IDENTITY) | {
         "engine": engine, "chat_template": plan.chat_template, "context": plan.context,
+        "dtype": engine_dtype(plan.config, engine),
     }  # fmt: skip
     return {"stage": "generate", "config": settings, "fingerprints": fingerprints}
+
+
+def engine_dtype(config: GenerateConfig, engine: str) -> str:
+    """What vLLM makes of auto is the checkpoint's own, wherever it runs."""
+    return config.dtype if engine == "vllm" else planned_dtype(config.dtype, config.gpus_per_replica)
 
 
 def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
@@ -145,7 +160,7 @@ def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
 @ray.remote
 def model_fingerprint(model: str, trust_remote_code: bool) -> str:
     prepare_worker(torch_threads())
-    return fingerprint(load_model(model, "auto", torch.device("cpu"), trust_remote_code).model)
+    return fingerprint(load_model(model, "stored", torch.device("cpu"), trust_remote_code).model)
 
 
 def _generate_units(

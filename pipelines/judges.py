@@ -18,11 +18,11 @@ from alphatoken.config import DataOptions
 from alphatoken.errors import BadRowError, UserError, first_line
 from alphatoken.generate_config import PairConfig
 from alphatoken.model import default_device
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pairing import Candidate
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.verifiers import load_verifier, score_response
 from pipelines.cluster import prepare_worker
-from pipelines.encode import make_encoder
 
 ANSWER = -1  # sample number of the data set's own answer
 QUESTION = (

@@ -14,6 +14,7 @@ from alphatoken.config import DataOptions
 from alphatoken.encode import Encoded, check_source
 from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import check_pair_source
 from alphatoken.prompts import check_prompt_source
 from alphatoken.rounds_config import RoundsConfig
@@ -23,7 +24,7 @@ from alphatoken.suspects import FEW_ROWS, FEW_ROWS_WARNING
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import BY_LOSS, BY_VALUE, TrainConfig
 from pipelines.direction import class_weight_table
-from pipelines.encode import EncodePlan, good_rows, make_encoder
+from pipelines.encode import EncodePlan, good_rows
 from pipelines.encode_folder import encode_folder
 from pipelines.refused import Refused, reasons, report_refused
 

@@ -19,14 +19,14 @@ import ray.data
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage, tensor_file, token_classes
-from alphatoken.checkpoint_files import files_fingerprint
+from alphatoken.checkpoint_files import files_fingerprint, settings_fingerprint
 from alphatoken.config import STABILITY_NEEDS, DataOptions, ScoreConfig
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
-from alphatoken.model import fingerprint
+from alphatoken.model import fingerprint, planned_dtype
 from alphatoken.pair_encode import check_pair_source, is_pair_data
 from alphatoken.run_folder import RunFolder
-from alphatoken.scoring import default_parameters
+from alphatoken.scoring import check_stability, default_parameters
 from alphatoken.sources import (
     ReadUnit,
     check_outside,
@@ -114,6 +114,7 @@ def check_inputs(config: ScoreConfig, units: list[ReadUnit], pairs: bool) -> str
     """Everything that can be known before a model is loaded. Returns what is scored; None for a baseline."""
     check_gpus("--num-actors", config.actor_range[0], config.gpus_per_actor)
     check_outside(config.output, [*config.data, *validation_files(config.validation)])
+    check_stability(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if pairs:
         check_pair_source(units, config)
@@ -208,8 +209,10 @@ def _prepare_task(
 
 
 def input_fingerprints(config: ScoreConfig) -> dict:
-    """Of everything but the models."""
+    """Of everything but the models' weights."""
     return {
+        "model_settings": settings_fingerprint(config.model, config.trust_remote_code),
+        "dtype": planned_dtype(config.dtype, config.gpus_per_actor),
         "data": data_fingerprint(config.data),
         "validation": validation_fingerprint(config.validation) if config.validation else None,
         "direction": _file_identity(config.direction, "direction"),

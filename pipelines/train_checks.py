@@ -14,12 +14,13 @@ from alphatoken import schema, storage
 from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
+from alphatoken.model_encoder import make_encoder
 from alphatoken.run_folder import manifest_of
 from alphatoken.sources import check_outside, data_fingerprint, plan_units
 from alphatoken.token_classes import token_class_table
 from alphatoken.tokenizer import check_same_vocabulary, load_config, load_tokenizer
 from alphatoken.train_config import TrainConfig
-from pipelines.encode import good_rows, make_encoder
+from pipelines.encode import good_rows
 from pipelines.live_values import check_live, data_options, encode_data
 from pipelines.refused import Refused, reasons, report_refused
 from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, REFERENCE_TOKENS, SFT_COLUMNS

@@ -53,6 +53,15 @@ def adapter(tmp_path_factory) -> str:
     return write_adapter(tmp_path_factory.mktemp("lora"))
 
 
+@pytest.mark.parametrize("changes", [{"lora_alpha": 80}, {"use_rslora": True}])
+def test_what_an_adapter_is_multiplied_by_is_part_of_the_checkpoint(changes, tmp_path):
+    folder = write_adapter(tmp_path)
+    before = fingerprint(load_model(folder, "float32").model)
+    assert fingerprint(load_model(folder, "bfloat16").model) == before
+    change_config(folder, **changes)
+    assert fingerprint(load_model(folder, "float32").model) != before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 def test_values_along_the_factors_equal_one_backward_per_token(architecture, tmp_path):
     scoring = load_model(write_adapter(tmp_path, architecture), "float32")

@@ -9,12 +9,18 @@ import pytest
 from masked_folder import sft_rows, write_masked, write_model
 
 from alphatoken import storage
-from alphatoken.checkpoint_files import BLOCK, BLOCKS, _starts, files_fingerprint
+from alphatoken.checkpoint_files import BLOCK, BLOCKS, _starts, files_fingerprint, settings_fingerprint
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
+from alphatoken.fisher_config import FisherConfig
+from alphatoken.generate_config import GenerateConfig
 from alphatoken.run_folder import RunFolder
+from alphatoken.sources import plan_units
 from alphatoken.train_config import TrainConfig
-from pipelines.direction_identity import direction_identity
+from pipelines.direction_identity import direction_identity, direction_run
+from pipelines.fisher import fisher_run
+from pipelines.generate import engine_dtype
+from pipelines.generate import input_fingerprints as of_prompts
 from pipelines.score import input_fingerprints
 from pipelines.train import train_identity
 from pipelines.train_checks import check_train
@@ -60,6 +66,53 @@ def test_small_files_are_read_whole(size):
     starts = _starts(size)
     assert all(a + BLOCK >= b for a, b in zip(starts, starts[1:], strict=False))
     assert size == 0 or starts[-1] + BLOCK >= size
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [("config.json", True), ("tokenizer.json", True), ("chat_template.jinja", True), ("model.safetensors", False)],
+)
+def test_what_weights_do_not_tell_is_part_of_every_run(tmp_path, model, name, counts):
+    """A run that is started again with another template or configuration would mix both."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    base = {"model": model, "output": str(tmp_path / "out")}
+    score = ScoreConfig(**base, data=[str(rows)], validation=[str(rows)])
+    direction = DirectionConfig(**base, validation=[str(rows)])
+    fisher = FisherConfig(**base, prompts=[str(rows)], engine="transformers")
+    generate = GenerateConfig(**base, prompts=[str(rows)])
+
+    def identities() -> list:
+        runs = direction_run(direction, "all-linear", "all", "m", "float32"), fisher_run(fisher, "m", "float32")
+        return [input_fingerprints(score), *runs, of_prompts(generate, plan_units(generate.prompts))]
+
+    before = identities()
+    path = Path(model, name)
+    path.write_bytes(path.read_bytes() + b" ")
+    assert all((found != earlier) == counts for found, earlier in zip(identities(), before, strict=True))
+
+
+def test_where_weights_lie_is_no_setting(model):
+    before = settings_fingerprint(model)
+    Path(model, "model.safetensors.index.json").write_text("{}")
+    assert settings_fingerprint(model) == before != files_fingerprint(model)
+
+
+@pytest.mark.parametrize("dtype, same", [("auto", False), ("float32", True)])
+def test_a_run_does_not_go_on_in_another_dtype(tmp_path, model, dtype, same):
+    """auto is another one on a GPU."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    base = {"model": model, "output": str(tmp_path / "out"), "dtype": dtype}
+    scores, samples = (
+        [
+            input_fingerprints(ScoreConfig(**base, data=[str(rows)], estimator="loss", gpus_per_actor=gpus))["dtype"],
+            engine_dtype(GenerateConfig(**base, prompts=[str(rows)], gpus_per_replica=gpus), "transformers"),
+        ]
+        for gpus in (0, 1)
+    )
+    assert (scores == samples) == same
+    assert engine_dtype(GenerateConfig(**base, prompts=[str(rows)], gpus_per_replica=1), "vllm") == dtype
 
 
 def test_no_such_model():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from alphatoken.config import ScoreConfig
+from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
 from alphatoken.generate_config import EngineOptions
 from alphatoken.mask_config import MaskConfig
@@ -80,8 +80,15 @@ def test_options_without_an_effect_are_refused():
     score = {"data": ["d"], "model": "m", "output": "o"}
     with pytest.raises(ValueError, match="--preconditioner-data is for --preconditioner adam"):
         ScoreConfig(**score, validation=["v"], preconditioner_data=["d"])
-    with pytest.raises(ValueError, match="--fisher is for exact and value_propagation; loss knows no stability"):
+    with pytest.raises(ValueError, match="--fisher: for exact and value_propagation; loss is about no weights"):
         ScoreConfig(**score, estimator="loss", fisher="f", reference_model="r")
+    with pytest.raises(ValueError, match="--method, --normalization, --validation: for exact and value_propagation"):
+        ScoreConfig(**score, estimator="entropy", validation=["v"], normalization="sequence", method="forward")
+    with pytest.raises(ValueError, match="--method is for --estimator exact"):
+        ScoreConfig(**score, estimator="value_propagation", validation=["v"], method="central")
+    for config, given in ((ScoreConfig, score), (DirectionConfig, {"model": "m", "output": "o"})):
+        with pytest.raises(ValueError, match="--positions response is defined for linear weights"):
+            config(**given, validation=["v"], positions="response", parameters="all")
     with pytest.raises(ValueError, match="--engine-options are for --engine vllm"):
         EngineOptions(engine="transformers", engine_options={"max_num_seqs": 4})
 

@@ -115,8 +115,9 @@ def test_every_heavy_command_says_what_it_would_do(command, expected, commands, 
 
 def test_tokens_are_those_of_the_plan(commands, tiny_checkpoint, files, tmp_path, capsys):
     from alphatoken.config import DataOptions
+    from alphatoken.model_encoder import make_encoder
     from alphatoken.sources import plan_units
-    from pipelines.encode import good_rows, make_encoder
+    from pipelines.encode import good_rows
 
     refused: list[str] = []
     encoder = make_encoder(tiny_checkpoint, DataOptions())
@@ -125,6 +126,22 @@ def test_tokens_are_those_of_the_plan(commands, tiny_checkpoint, files, tmp_path
     assert found["tokens"] == pytest.approx(sum(len(row.input_ids) for row in rows), abs=1)
     assert found["response_tokens"] == pytest.approx(sum(sum(row.response_mask) for row in rows), abs=1)
     assert len(found["reasons"]) == 1 and found["reasons"][0].startswith("1 x ")
+
+
+def test_an_adapter_can_be_scored(commands, tiny_checkpoint, tmp_path, capsys):
+    config = {"base_model_name_or_path": tiny_checkpoint, "peft_type": "LORA", "r": 2}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for command in ("score", "direction"):
+        given = [tiny_checkpoint, str(tmp_path / "adapter")]
+        words = [given[1] if word == given[0] else word for word in commands[command]]
+        words += ["--parameters", "lora", "--output", str(tmp_path / "o")]
+        code, found, stderr = outcome([command, *words], capsys)
+        assert (code, found.get("parameters")) == (0, "lora"), stderr
+    stability = ["--fisher", "f", "--reference-model", tiny_checkpoint]
+    data, model = commands["score"][2:], ["--model", given[1], "--output", str(tmp_path / "o")]
+    code, _, stderr = outcome(["score", *model, *data, *stability], capsys)
+    assert code == 2 and "whose base weights have not moved" in stderr
 
 
 @pytest.mark.parametrize("command", cli.HEAVY)
@@ -189,9 +206,10 @@ def test_files_of_other_runs_are_replaced_on_demand(kind, commands, tmp_path, ca
     command = [kind, *commands[kind], "--output", path]
     assert outcome(command, capsys)[1]["state"] == "new"
     config = parsed(commands[kind], path, {"direction": DirectionConfig, "fisher": FisherConfig}[kind])
-    run = direction_run(config, "all-linear", "all", "m", "float32") if kind == "direction" else fisher_run(config, "m")
-    about = tensor_file.Provenance(kind=kind, num_rows=1, num_tokens=1, **run)
-    tensor_file.save(path, tensor_file.TensorFile(about, {}))
+    about = ("m", "float32")
+    run = direction_run(config, "all-linear", "all", *about) if kind == "direction" else fisher_run(config, *about)
+    provenance = tensor_file.Provenance(kind=kind, num_rows=1, num_tokens=1, **run)
+    tensor_file.save(path, tensor_file.TensorFile(provenance, {}))
     assert outcome(command, capsys)[1]["state"] == "finished"
     other = [*command, "--parameters", "last-layers:1"]
     code, _, stderr = outcome(other, capsys)

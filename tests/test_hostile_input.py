@@ -26,11 +26,13 @@ from alphatoken import readers, retries
 from alphatoken.config import DataOptions
 from alphatoken.encode import Encoder, check_source
 from alphatoken.errors import BadRowError, UserError
+from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import PairEncoder
+from alphatoken.plan_data import sequence_encoder
 from alphatoken.prompts import PromptReader
 from alphatoken.run_folder import RunFolder
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, plan_units, read_unit
-from pipelines.encode import EncodePlan, encode_row, make_encoder, pair_columns, prompt_columns, row_columns
+from pipelines.encode import EncodePlan, encode_row, pair_columns, prompt_columns, row_columns
 from pipelines.generate import prompt_request
 from pipelines.shards import write_block
 
@@ -255,10 +257,13 @@ def test_the_id_may_be_in_a_renamed_column():
 @pytest.mark.parametrize(("kind", "longest"), [("gpt2", 16), ("llama", 300)])
 def test_rows_are_cut_at_learned_positions(kind, longest, monkeypatch):
     model = CONFIG_MAPPING[kind](max_position_embeddings=16, vocab_size=300)
-    monkeypatch.setattr("pipelines.encode.load_config", lambda *_: model)
-    monkeypatch.setattr("pipelines.encode.load_tokenizer", lambda *_: tiny.byte_level(tiny.CHATML))
-    encoded = make_encoder("m", DataOptions(max_length=300)).encode({"prompt": "a" * 9, "completion": "b" * 400})
+    monkeypatch.setattr("alphatoken.model_encoder.load_config", lambda *_: model)
+    monkeypatch.setattr("alphatoken.model_encoder.load_tokenizer", lambda *_: tiny.byte_level(tiny.CHATML))
+    options, row = DataOptions(max_length=300), {"prompt": "a" * 9, "completion": "b" * 400}
+    encoded = make_encoder("m", options).encode(row)
     assert len(encoded.input_ids) == longest and encoded.truncated
+    planned = sequence_encoder("m", options, False, False)(row)  # what plan and dry runs count
+    assert (planned.lengths, planned.truncated) == ([longest], True)
 
 
 # Storage of the input

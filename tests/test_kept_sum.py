@@ -215,7 +215,7 @@ def test_a_killed_fisher_goes_on_from_its_samples(scoring, tiny_checkpoint, tmp_
         model=tiny_checkpoint, prompts=[str(tmp_path / "prompts.jsonl")], output=str(tmp_path / "f.safetensors"),
         parameters="last-layers:1", engine="transformers", batch_tokens=64,
     )  # fmt: skip
-    run = fisher.fisher_run(config, generate.fingerprint(scoring.model))
+    run = fisher.fisher_run(config, generate.fingerprint(scoring.model), "float32")
     whole = config.model_copy(update={"output": str(tmp_path / "whole.safetensors")})
     deadly = 13
     for each in (config, whole):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, random_rows, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from alphatoken import tensor_file
 from alphatoken.architecture import scored_parameters
 from alphatoken.attention import QUERY_BLOCK
 from alphatoken.baselines import Baseline
@@ -489,6 +490,25 @@ def test_batches_shrink_until_they_fit(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 # the command line
+
+
+def test_a_fisher_that_is_there_says_what_is_scored(tiny_checkpoint, tmp_path):
+    data, path = write(tmp_path / "a.jsonl", chats(4, 5)), str(tmp_path / "fisher.safetensors")
+    given = {"fisher": path, "reference_model": tiny_checkpoint}
+    assert plan(tiny_checkpoint, [data], **given)["model"]["scored"] == "all-linear"
+    about = tensor_file.Provenance("fisher", "m", "last-layers:1", "d", 1, 1, {})
+    tensor_file.save(path, tensor_file.TensorFile(about, {}))
+    assert plan(tiny_checkpoint, [data], **given)["model"]["scored"] == "last-layers:1"
+    with pytest.raises(UserError, match="fisher.safetensors covers --parameters last-layers:1, not all-linear"):
+        plan(tiny_checkpoint, [data], parameters="all-linear", **given)
+
+
+def test_an_adapter_has_no_plan(tiny_checkpoint, tmp_path):
+    config = {"base_model_name_or_path": tiny_checkpoint, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    data = write(tmp_path / "a.jsonl", chats(4, 5))
+    with pytest.raises(UserError, match=f"a plan is of whole models: give --model {tiny_checkpoint}"):
+        plan(str(tmp_path), [data])
 
 
 def test_tangents_of_8_bit_floats(tiny_checkpoint, tmp_path):

@@ -35,5 +35,5 @@ def test_without_torchao_it_says_what_to_install(dtype, monkeypatch):
 
 
 def test_losses_score_no_layers():
-    with pytest.raises(ValueError, match="--trunk-dtype is for exact and value_propagation"):
+    with pytest.raises(ValueError, match="--trunk-dtype: for exact and value_propagation; loss is about no weights"):
         ScoreConfig(model="m", data=["d"], output="o", estimator="loss", trunk_dtype="int8")

@@ -120,7 +120,10 @@ def test_a_run_that_wrote_no_shard_is_in_nobody_s_way(folder):
         folder.open(IDENTITY)
 
 
-@pytest.mark.parametrize(("stage", "left"), [("train", "encoded"), ("rounds", "windows"), ("export", "dataset")])
+@pytest.mark.parametrize(
+    ("stage", "left"),
+    [("train", "encoded"), ("rounds", "windows"), ("export", "dataset")] + [("score", "direction.safetensors.parts")],
+)
 def test_what_a_stage_has_beside_its_shards_goes_with_it(folder, stage, left):
     """Else the next run takes it for its own, or its own stage refuses it."""
     folder.open(IDENTITY | {"stage": stage})

@@ -18,13 +18,13 @@ from alphatoken.errors import UserError
 from alphatoken.fisher_config import FisherConfig
 from alphatoken.mask_config import MaskConfig
 from alphatoken.model import load_model
+from alphatoken.model_encoder import make_encoder
 from alphatoken.scoring import build_estimator, score_columns
 from alphatoken.sources import plan_units, read_unit
 from alphatoken.suspects import LossProfile, validation_losses
 from alphatoken.token_classes import TOKEN_CLASS_NAMES, class_of_ids
 from pipelines.direction import run_direction
 from pipelines.dry_run import dry_run
-from pipelines.encode import make_encoder
 from pipelines.fisher import run_fisher
 from pipelines.mask import run_mask
 from pipelines.score import LARGEST_SHARD, SMALLEST_SHARD, run_score, shard_tokens
