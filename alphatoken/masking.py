@@ -31,7 +31,7 @@ class MaskPlan:
     protected_classes: np.ndarray | None = None  # int8
     drop_up_to: tuple[int, ...] | None = None  # digits of the highest (mean value, row id) that is dropped
     threshold: float | None = None  # one for the data set; None: one per response
-    bounds: Bounds | None = None  # instead of a share: suspect tokens and rows are dropped
+    bounds: Bounds | None = None  # instead of a share: suspect tokens, if not protected, and suspect rows go
     bounds_and_value: bool = True  # with bounds: only tokens of a negative value are
     target_weights: Mapping[str, float] = field(default_factory=dict)  # by target; empty: adaptation as it was scored
 
@@ -118,11 +118,13 @@ def row_states(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
 
 
 def _unsuspected(table: pa.Table, plan: MaskPlan, source: str) -> np.ndarray:
-    """True (N,) for the response tokens that the bounds let through."""
+    """True (N,) for the response tokens that the bounds let through; a protected class has none."""
     _, values, response_mask = _values(table, plan, source)
     assert plan.bounds is not None and plan.class_of_token is not None
-    found = losses_of(table, plan.class_of_token)
-    return plan.bounds.keep(found, values[response_mask] if plan.bounds_and_value else None)
+    found, bounds = losses_of(table, plan.class_of_token), plan.bounds
+    if plan.protected_classes is not None:
+        bounds = bounds.without(plan.protected_classes)
+    return bounds.keep(found, values[response_mask] if plan.bounds_and_value else None)
 
 
 def losses_of(table: pa.Table, class_of_token: np.ndarray) -> TokenLosses:

@@ -74,6 +74,12 @@ class Bounds:
         row, *tokens = (float(x) if np.isfinite(x) else None for x in (self.row, *self.tokens))
         return {"row": row, "tokens": dict(zip(names, tokens, strict=True))}
 
+    def without(self, numbers: np.ndarray) -> "Bounds":
+        """The same, but tokens of some classes have no bound."""
+        tokens = self.tokens.copy()
+        tokens[numbers] = np.inf
+        return Bounds(tokens, self.row)
+
     def keep(self, found: TokenLosses, values: np.ndarray | None = None) -> np.ndarray:
         """True (N,) for tokens that are not suspect, of rows that are not. Without values: not surprising."""
         if values is None:

@@ -31,7 +31,7 @@ def _show(config: MaskConfig, manifest: dict) -> None:
     counts, rule = manifest["counts"], manifest.get("rule", "share")
     table = Table(show_header=False, box=None)
     table.add_row("token-masked data set", config.output)
-    table.add_row("rule", rule + ("" if rule == "share" else _bounds(manifest["bounds"])))
+    table.add_row("rule", rule + ("" if rule == "share" else _bounds(manifest["bounds"], config.protect)))
     table.add_row("kept", f"{counts['kept_fraction']:.1%} of {counts['response_tokens']:,} response tokens")
     table.add_row("rows", f"{counts['rows_out']:,} of {counts['rows_in']:,}")
     for name in ("rows_dropped_sequences", "rows_quarantined"):
@@ -40,9 +40,13 @@ def _show(config: MaskConfig, manifest: dict) -> None:
     Console(soft_wrap=True, markup=False).print(table)
 
 
-def _bounds(found: dict) -> str:
+def _bounds(found: dict, protected: list[str]) -> str:
     """In words."""
-    bounded = [f"{name} above {bound:.2f}" for name, bound in found["tokens"].items() if bound is not None]
+    bounded = [
+        f"{name} above {bound:.2f}" + (" (protected)" if name in protected else "")
+        for name, bound in found["tokens"].items()
+        if bound is not None
+    ]
     rows = "" if found["row"] is None else f"; rows above {found['row']:.2f} on average"
     return f"; losses in excess: {', '.join(bounded) or 'of no token class'}{rows}"
 

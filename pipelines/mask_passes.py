@@ -23,13 +23,8 @@ CountShard = Callable[[str], np.ndarray]  # of one shard: an array of counts, th
 
 
 def bounds(plan: MaskPlan, shards: list[str], profile: LossProfile) -> Bounds:
-    """How large losses may be, by what all rows together have in excess of the validation rows. Protected classes have
-    no bound.
-    """
-    found = profile.bounds(_count_all(shards, partial(_losses_above, plan=plan, candidates=profile.candidates)))
-    if plan.protected_classes is not None:
-        found.tokens[plan.protected_classes] = np.inf
-    return found
+    """How large losses may be, by what all rows together have in excess of the validation rows."""
+    return profile.bounds(_count_all(shards, partial(_losses_above, plan=plan, candidates=profile.candidates)))
 
 
 def with_dropped_rows(plan: MaskPlan, shards: list[str], fraction: float) -> MaskPlan:

@@ -126,18 +126,19 @@ def test_masks_equal_the_definition(tmp_path, rule: str, caplog) -> None:
     assert "frozen" not in caplog.text and "validation rows" not in caplog.text
 
 
-def test_shards_do_not_matter_and_protected_classes_have_no_bound(tmp_path) -> None:
+def test_shards_do_not_matter_and_bounds_do_not_bind_protected_classes(tmp_path) -> None:
     known = profile(np.random.default_rng(2))
     found = []
     for number, shards in enumerate([(50,), (3, 17, 30)]):
         source, output = str(tmp_path / f"scored{number}"), str(tmp_path / f"masked{number}")
         write_noisy(source, shards, known)
-        run_mask(MaskConfig(input=source, output=output, rule="suspect"))
+        free = run_mask(MaskConfig(input=source, output=output, rule="suspect"))
         found.append(masked(output))
     assert found[0] == found[1] and not all(map(all, found[0].values()))
     protecting = str(tmp_path / "protected")
-    run_mask(MaskConfig(input=source, output=protecting, rule="suspect", protect=["word"]))
+    manifest = run_mask(MaskConfig(input=source, output=protecting, rule="suspect", protect=["word"]))
     assert all(map(all, masked(protecting).values())) and NOISY_ROW not in masked(protecting)
+    assert manifest["bounds"] == free["bounds"] and free["bounds"]["tokens"]["word"]  # of a report without protection
 
 
 def test_few_validation_rows_are_told(tmp_path, caplog) -> None:

@@ -11,7 +11,7 @@ from alphatoken import storage
 from alphatoken.masking import MaskPlan, losses_of, mask_table
 from alphatoken.pair_masking import mask_pair_table
 from alphatoken.schema import BRANCHES
-from alphatoken.suspects import LossProfile, TokenLosses, counts_above, row_means
+from alphatoken.suspects import Bounds, LossProfile, TokenLosses, counts_above, row_means
 from alphatoken.token_classes import TOKEN_CLASS_NAMES
 from jobs import report as job
 from tests.report_folders import HOSTILE, class_of_token, write_folder
@@ -153,6 +153,33 @@ def test_suspects_are_those_of_the_library(opened, tmp_path):
         assert "bounds by these rows alone" in page.inner_text("#result")
         found[rule] = sum(map(sum, expected))
     assert len(masked) < 20 and 0 < found["surprising"] < found["suspect"] < len(losses.losses)
+
+
+def test_protection_of_a_suspect_mask_can_be_changed(opened, tmp_path):
+    """The page has the stored bounds, and protects as the library does."""
+    table = write_folder(str(tmp_path / "scored"), rows=9)
+    losses = losses_of(table, class_of_token())
+    bounds = Bounds(np.full(len(TOKEN_CLASS_NAMES), np.median(losses.losses)), np.inf)
+    settings = {"input": "s", "keep_fraction": 0.8, "stability_weight": 1.5, "scope": "sequence", "min_value": None,
+                "protect": ["words"], "rule": "suspect"}  # fmt: skip
+    more = {"stage": "mask", "rule": "suspect", "bounds": bounds.to_json(TOKEN_CLASS_NAMES), "config": settings}
+    scored = storage.read_json(f"{tmp_path}/scored/manifest.json")
+    storage.write_json(scored | more | {"scored": scored}, f"{tmp_path}/scored/manifest.json")
+    page = opened(str(tmp_path / "scored"))
+    shown = []
+    for some in (["words"], []):
+        for name in TOKEN_CLASS_NAMES:
+            page.locator(f"#protect input[value={name}]").set_checked(name in some)
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        plan = replace(plan_of(1, 1.5, None, some), bounds=bounds)
+        masked = {row["row_id"]: row for row in mask_table(table, plan, "shard").data.to_pylist()}
+        shown.append(shown_masks(page))
+        assert shown[-1] == [
+            [row["row_id"] in masked and masked[row["row_id"]]["labels"][place] >= 0
+             for place, inside in enumerate(row["response_mask"]) if inside]
+            for row in table.to_pylist()
+        ]  # fmt: skip
+    assert shown[0] != shown[1]
 
 
 def test_sliders_mask_pairs_as_the_library_does(opened, tmp_path):
