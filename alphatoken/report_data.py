@@ -18,7 +18,7 @@ import pyarrow as pa
 from alphatoken import storage
 from alphatoken.errors import UserError
 from alphatoken.manifest import alike, told_reasons
-from alphatoken.mask_config import MaskConfig, rule_for
+from alphatoken.mask_config import OF_SHARE, MaskConfig, rule_for
 from alphatoken.masking import flat, losses_of
 from alphatoken.schema import BRANCHES
 from alphatoken.suspects import LossProfile, counts_above
@@ -28,6 +28,8 @@ MOST_SHARDS = 32  # that rows are drawn from
 MOST_QUARANTINE_FILES = 200
 SHARED_REASONS = 12
 STAGES = ("score", "mask")
+# Settings that decide on a mask, beside its rule.
+OF_MASK = ("input", "target_weights", *OF_SHARE, "stability_weight", "protect")
 ROW_NUMBERS = 10**9  # row ids of one input file
 
 
@@ -202,19 +204,19 @@ def _files(table: pa.Table) -> list[str]:
 
 def _settings(folder: str, manifest: dict, table: pa.Table, token_classes: pa.Table) -> dict:
     """What the sliders begin with: the mask's own settings, or `mask`'s defaults with bounds by the rows shown here."""
-    names = ("input", "keep_fraction", "stability_weight", "scope", "min_value", "protect")
+    defaults = MaskConfig(input=folder, output="-")
+    settings = defaults.model_dump(include=set(OF_MASK))
     if manifest["stage"] == "mask":
-        stored = {name: manifest["config"][name] for name in names}
+        stored = {name: manifest["config"].get(name, settings[name]) for name in OF_MASK}  # older ones have fewer
         more = {name: manifest.get(name) for name in ("threshold", "bounds")}
         return stored | more | {"rule": manifest.get("rule", "share"), "estimated": False}
-    defaults = MaskConfig(input=folder, output="-")
     rule, bounds = rule_for(defaults, manifest), None
     if rule != "share":
         profile = LossProfile.from_json(manifest["loss_profile"], TOKEN_CLASS_NAMES)
         losses = losses_of(table, class_ids(token_classes))
         bounds = profile.bounds(counts_above(losses, profile.candidates)).to_json(TOKEN_CLASS_NAMES)
     more = {"threshold": None, "bounds": bounds, "rule": rule, "estimated": True}
-    return defaults.model_dump(include=set(names)) | more
+    return settings | more
 
 
 def _facts(folder: str, manifest: dict, shown: int) -> list[list[str]]:

@@ -64,7 +64,7 @@ def test_settings_of_a_masked_folder(tmp_path):
     storage.write_bytes(classes, f"{folder}/token_classes.parquet")
     scored = storage.read_json(f"{tmp_path}/scored/manifest.json")
     settings = {"input": "s", "keep_fraction": 0.5, "stability_weight": 0.5, "scope": "sequence", "min_value": None,
-                "protect": []}  # fmt: skip
+                "protect": [], "target_weights": {"math": 0.5}, "drop_sequences": 0.25}  # fmt: skip
     counts = {"rows_in": 6, "rows_out": 6, "response_tokens": 80, "kept_fraction": 0.5}
     manifest = {"stage": "mask", "created": "now", "counts": counts, "config": settings, "scored": scored}
     storage.write_json(manifest, f"{folder}/manifest.json")
@@ -74,6 +74,9 @@ def test_settings_of_a_masked_folder(tmp_path):
     bounds = {"row": 3.0, "tokens": {"words": None, "digits": 2.5}}
     storage.write_json(manifest | {"rule": "suspect", "bounds": bounds}, f"{folder}/manifest.json")
     assert data_of(folder)["settings"] == settings | known | {"rule": "suspect", "bounds": bounds}
+    del settings["target_weights"]  # of an earlier version
+    storage.write_json(manifest, f"{folder}/manifest.json")
+    assert data_of(folder)["settings"]["target_weights"] == {}
 
 
 def test_a_sample_is_the_same_for_a_seed_and_bounded(tmp_path):

@@ -1,5 +1,6 @@
 """The report page in a real Chromium: it renders, masks as the library does, sends nothing, runs nothing of a row's."""
 
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -8,11 +9,13 @@ import pyarrow as pa
 import pytest
 
 from alphatoken import storage
+from alphatoken.mask_config import MaskConfig
 from alphatoken.masking import MaskPlan, losses_of, mask_table
 from alphatoken.pair_masking import mask_pair_table
 from alphatoken.schema import BRANCHES
 from alphatoken.suspects import Bounds, LossProfile, TokenLosses, counts_above, row_means
 from alphatoken.token_classes import TOKEN_CLASS_NAMES
+from jobs import cli
 from jobs import report as job
 from tests.report_folders import HOSTILE, class_of_token, write_folder
 
@@ -196,6 +199,23 @@ def test_sliders_mask_pairs_as_the_library_does(opened, tmp_path):
         choose(page, keep, weight, scope, floor, protect)
         assert shown_masks(page) == [row[f"{branch}_mask"] for row in masked for branch in BRANCHES]
     assert page.locator("article").first.locator("h4").all_inner_texts()[0].startswith("chosen: kept")
+
+
+def test_the_command_makes_the_same_mask(opened, tmp_path):
+    """A shell and the command line read back from it what the mask was made with."""
+    folder = str(tmp_path / "masked")
+    write_folder(folder)
+    settings = {"input": "runs/it's  a $HOME; `scored` \\", "rule": "share", "keep_fraction": 0.35, "scope": "dataset",
+                "min_value": -1e-7, "drop_sequences": 0.25, "stability_weight": 0.5, "protect": ["words", "digits"],
+                "target_weights": {"math": 0.5, "code": -1e-7}}  # fmt: skip
+    scored = storage.read_json(f"{folder}/manifest.json")
+    more = {"stage": "mask", "rule": "share", "config": settings, "scored": scored}
+    storage.write_json(scored | more, f"{folder}/manifest.json")
+    shown = opened(folder).inner_text("#command")
+    program, stage, *arguments = shlex.split(shown)
+    found: list[MaskConfig] = []
+    assert cli.run(MaskConfig, found.append, arguments) == 0 and [program, stage] == ["alphatoken", "mask"]
+    assert found == [MaskConfig(**settings, output="NEW-FOLDER")]
 
 
 def test_panels_search_filter_and_order(opened, tmp_path):

@@ -373,13 +373,19 @@ function moveThrough(event) {
 
 // ---- settings
 
+// As one word of a POSIX shell.
+const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
+
 function commandText() {
-  const share = state.rule === "share", folder = DATA.settings.input;
-  const parts = [`alphatoken mask --input ${folder} --output NEW-FOLDER`, `--rule ${state.rule}`, `--stability-weight ${state.weight}`];
-  if (share) parts.push(`--keep-fraction ${state.keep}`, `--scope ${state.scope}`);
-  if (share && state.floor !== null) parts.push(`--min-value ${state.floor}`);
-  if (state.protect.size) parts.push(`--protect ${[...state.protect].join(" ")}`);
-  return parts.join(" ");
+  const { input, target_weights: targets, drop_sequences: dropped } = DATA.settings, share = state.rule === "share";
+  const words = ["alphatoken", "mask", "--input", input, "--output", "NEW-FOLDER", "--rule", state.rule, "--stability-weight", state.weight];
+  const weights = Object.entries(targets).map(([name, weight]) => `${name}=${weight}`);
+  if (weights.length) words.push("--target-weights", ...weights);
+  if (share) words.push("--keep-fraction", state.keep, "--scope", state.scope);
+  if (share && state.floor !== null) words.push("--min-value", state.floor);
+  if (share && dropped) words.push("--drop-sequences", dropped);
+  if (state.protect.size) words.push("--protect", ...state.protect);
+  return words.map((word) => quoted(String(word))).join(" ");
 }
 
 function refresh() {
