@@ -66,7 +66,7 @@ def report_data(folder: str, num_rows: int, seed: int, group_by: str | None, com
         orders.append((order, inside))
         for branch, ids, columns in found:
             if other is not None:
-                columns["other"] = other[index, branch]
+                columns |= other[index, branch]
             responses.append({"row": index, "branch": branch, "length": len(ids)})
             tokens.add(ids, columns)
     token_classes = storage.read_table(storage.join(folder, "token_classes.parquet"))
@@ -151,27 +151,29 @@ def _pair(row: pa.Table) -> tuple[np.ndarray, np.ndarray, list[Response]]:
     return prompt, np.zeros(len(prompt), dtype=bool), found
 
 
-def _other_values(folder: str, table: pa.Table, pairs: bool) -> dict[tuple[int, str], np.ndarray]:
-    """Adaptation of the same rows in another folder, by (row index, branch)."""
+def _other_values(folder: str, table: pa.Table, pairs: bool) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+    """Adaptation and stability of the same rows in another folder, as more columns, by (row index, branch)."""
     if bool(_manifest(folder).get("pairs")) != pairs:
         raise UserError(f"{folder} cannot be compared: one of the two folders has pairs, the other has rows")
     wanted = {row_id: index for index, row_id in enumerate(table["row_id"].to_pylist())}
-    names = ["chosen", "rejected"] if pairs else ["response"]
-    columns = {name: (f"{name}_adaptation", f"{name}_ids") if pairs else ("adaptation", "input_ids") for name in names}
+    prefixes = {branch: f"{branch}_" for branch in BRANCHES} if pairs else {"response": ""}
+    ids = "ids" if pairs else "input_ids"
+    needed = ["row_id"] if pairs else ["row_id", "response_mask"]
+    needed += [prefix + name for prefix in prefixes.values() for name in (ids, "adaptation", "stability")]
     found = {}
     for shard in storage.list_shards(folder):
-        needed = [name for both in columns.values() for name in both] + ([] if pairs else ["response_mask"])
-        part = storage.read_table(shard, ["row_id", *needed])
+        part = storage.read_table(shard, needed)
         for place, row_id in enumerate(part["row_id"].to_pylist()):
             if row_id not in wanted:
                 continue
             index, row = wanted[row_id], part.slice(place, 1)
-            for branch, (values, ids) in columns.items():
-                if not np.array_equal(flat(row, ids), flat(table.slice(index, 1), ids)):
+            for branch, prefix in prefixes.items():
+                if not np.array_equal(flat(row, prefix + ids), flat(table.slice(index, 1), prefix + ids)):
                     raise UserError(f"{folder}: row {row_id} has other tokens than here; score the same data with both")
                 inside = slice(None) if pairs else flat(row, "response_mask")
-                found[index, branch] = flat(row, values)[inside]
-    missing = [row_id for row_id, index in wanted.items() if (index, names[0]) not in found]
+                values = {"other": "adaptation", "other_stability": "stability"}
+                found[index, branch] = {new: flat(row, prefix + name)[inside] for new, name in values.items()}
+    missing = [row_id for row_id, index in wanted.items() if (index, next(iter(prefixes))) not in found]
     if missing:
         raise UserError(f"{folder} lacks row {missing[0]} and {len(missing) - 1} more; score the same data with both")
     return found

@@ -91,7 +91,8 @@ def test_comparing_with_another_estimator(tmp_path):
     table = write_folder(str(tmp_path / "a"), rows=6)
     write_folder(str(tmp_path / "b"), rows=6)
     data = data_of(tmp_path / "a", compare=str(tmp_path / "b"))
-    assert data["columns"]["other"] == data["columns"]["adaptation"]
+    for name, same in (("other", "adaptation"), ("other_stability", "stability")):
+        assert data["columns"][name] == data["columns"][same]
     write_folder(str(tmp_path / "c"), rows=6, seed=1)
     with pytest.raises(UserError, match="other tokens"):
         data_of(tmp_path / "a", compare=str(tmp_path / "c"))

@@ -10,7 +10,7 @@ import pytest
 
 from alphatoken import storage
 from alphatoken.mask_config import MaskConfig
-from alphatoken.masking import MaskPlan, losses_of, mask_table
+from alphatoken.masking import MaskPlan, flat, losses_of, mask_table
 from alphatoken.pair_masking import mask_pair_table
 from alphatoken.schema import BRANCHES
 from alphatoken.suspects import Bounds, LossProfile, TokenLosses, counts_above, row_means
@@ -247,6 +247,33 @@ def test_agreement_of_two_estimators(opened, tmp_path):
     storage.write_table(other, f"{tmp_path}/b/data/train-000000000000000.parquet")
     page = opened(str(tmp_path / "a"), "--compare", str(tmp_path / "b"))
     assert "-1.000" in page.inner_text("#agreement")
+
+
+@pytest.mark.parametrize("floor", [None, 0.25])
+def test_another_folder_is_masked_by_its_own_values(opened, tmp_path, floor):
+    """Here all of them have another unit, so that the masks are the same but for the smallest value."""
+    table = write_folder(str(tmp_path / "a"), rows=6, shards=1)
+    write_folder(str(tmp_path / "b"), rows=6, shards=1)
+    other = table
+    for name in ("adaptation", "stability"):
+        scaled = pa.array([[x / 1024 for x in row] for row in table[name].to_pylist()], table[name].type)
+        other = other.set_column(table.column_names.index(name), name, scaled)
+    storage.write_table(other, f"{tmp_path}/b/data/train-000000000000000.parquet")
+    inside = flat(table, "response_mask")
+    values = flat(table, "adaptation")[inside] + np.float32(1.5) * flat(table, "stability")[inside]
+    stored = threshold(0.4, values, flat(table, "input_ids")[inside], ())
+    settings = {"input": "s", "keep_fraction": 0.4, "stability_weight": 1.5, "scope": "dataset", "min_value": floor,
+                "protect": []}  # fmt: skip
+    scored = storage.read_json(f"{tmp_path}/a/manifest.json")
+    more = {"stage": "mask", "rule": "share", "threshold": stored, "config": settings, "scored": scored}
+    storage.write_json(scored | more, f"{tmp_path}/a/manifest.json")
+    here, there = (
+        flat(mask_table(table, MaskPlan(0.4, 1.5, lowest, threshold=stored), "shard").data, "labels")[inside]
+        for lowest in (floor, None)
+    )
+    assert (here == there).all() == (floor is None)
+    page = opened(str(tmp_path / "a"), "--compare", str(tmp_path / "b"))
+    assert f"{100 * np.mean(here == there):.1f}%" in page.inner_text("#agreement")
 
 
 def test_hostile_text_is_only_text(opened, tmp_path):

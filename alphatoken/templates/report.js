@@ -37,9 +37,9 @@ let values = new Float32Array(tokens.length);
 
 // ---- the library's rules
 
-function tokenValues(adaptation, weight) {
+function tokenValues(adaptation, stability, weight) {
   const found = new Float32Array(adaptation.length), factor = float32(weight);
-  for (let i = 0; i < found.length; i++) found[i] = adaptation[i] + float32(factor * columns.stability[i]);
+  for (let i = 0; i < found.length; i++) found[i] = adaptation[i] + float32(factor * stability[i]);
   return found;
 }
 
@@ -64,7 +64,7 @@ function asStored() {
 }
 
 function datasetThresholds(from) {
-  const stored = DATA.settings.threshold, found = {};
+  const stored = from === values ? DATA.settings.threshold : null, found = {};
   for (const branch of new Set(responses.map((one) => one.branch))) {
     const known = stored !== null && typeof stored === "object" ? stored[branch] : stored;
     found[branch] = known !== null && known !== undefined && asStored()
@@ -88,10 +88,11 @@ function fillUnsuspected(from, target) {
   }
 }
 
+// `values` are this folder's. Another's may have another unit: no stored threshold and no smallest value is about them.
 function fillMask(from, target) {
   if (state.rule !== "share") return fillUnsuspected(from, target);
   const common = state.scope === "dataset" ? datasetThresholds(from) : null;
-  const floor = state.floor === null ? -Infinity : float32(state.floor);
+  const floor = state.floor === null || from !== values ? -Infinity : float32(state.floor);
   for (const found of responses) {
     const threshold = float32(common ? common[found.branch] : kthLargest(unprotected(from, [found]), state.keep));
     let count = 0, highest = -Infinity;
@@ -255,7 +256,7 @@ function showAgreement() {
   if (!columns.other) return;
   byId("agreement-panel").hidden = false;
   const mask = new Uint8Array(tokens.length);
-  fillMask(tokenValues(columns.other, state.weight), mask);
+  fillMask(tokenValues(columns.other, columns.other_stability, state.weight), mask);
   const same = kept.reduce((sum, flag, i) => sum + (flag === mask[i] ? 1 : 0), 0) / kept.length;
   fill("agreement", ["compared with " + DATA.compared_with, ""], [
     ["rank correlation of adaptation", correlation(ranks(columns.adaptation), ranks(columns.other)).toFixed(3)],
@@ -389,7 +390,7 @@ function commandText() {
 }
 
 function refresh() {
-  values = tokenValues(columns.adaptation, state.weight);
+  values = tokenValues(columns.adaptation, columns.stability, state.weight);
   fillMask(values, kept);
   byId("keep-out").textContent = state.keep;
   byId("weight-out").textContent = state.weight;
