@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from alphatoken import storage
 from alphatoken.errors import UserError
-from alphatoken.manifest import alike, told_reasons
+from alphatoken.manifest import OTHERS, alike, told_reasons
 from alphatoken.mask_config import OF_SHARE, MaskConfig, rule_for
 from alphatoken.masking import flat, losses_of
 from alphatoken.schema import BRANCHES
@@ -83,7 +83,7 @@ def report_data(folder: str, num_rows: int, seed: int, group_by: str | None, com
         "pairs": pairs,
         "settings": _settings(folder, manifest, table, token_classes),
         "facts": _facts(folder, manifest, table.num_rows),
-        "quarantine": quarantine_reasons(folder),
+        "quarantine": quarantine_reasons(folder, manifest["counts"]),
         "compared_with": compare,
     }
 
@@ -106,8 +106,12 @@ def sample(folder: str, num_rows: int, seed: int) -> pa.Table:
     return pa.concat_tables(parts, promote_options="default")
 
 
-def quarantine_reasons(folder: str) -> list[dict]:
-    """Reasons of rows left out, most frequent first, with numbers in them replaced so that like ones count together."""
+def quarantine_reasons(folder: str, counts: dict) -> list[dict]:
+    """Reasons of rows left out, most frequent first, with numbers in them replaced so that like ones count together.
+
+    Rows add up to those that `counts`, of the manifest, say were left out: what is not shown, or was not read, comes
+    last.
+    """
     place = storage.join(folder, "quarantine")
     names = [name for name in storage.list_names(place) if name.endswith(".parquet")]
     found: Counter = Counter()
@@ -115,10 +119,14 @@ def quarantine_reasons(folder: str) -> list[dict]:
         table = storage.read_table(storage.join(place, name), ["stage", "reason"])
         for stage, reason in zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True):
             found[stage, alike(reason or "")] += 1
-    return [
+    shown = [
         {"stage": stage, "reason": reason, "rows": count}
         for (stage, reason), count in found.most_common(SHARED_REASONS)
     ]
+    others = found.total() - sum(line["rows"] for line in shown)
+    unread = counts.get("rows_quarantined", 0) + counts.get("rows_dropped_sequences", 0) - found.total()
+    rest = {OTHERS: others, f"not read: quarantine files after the first {MOST_QUARANTINE_FILES}": unread}
+    return shown + [{"stage": "", "reason": reason, "rows": rows} for reason, rows in rest.items() if rows > 0]
 
 
 def _manifest(folder: str) -> dict:

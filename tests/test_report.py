@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from alphatoken import report_data as report_data_module
 from alphatoken import storage
 from alphatoken.errors import UserError
+from alphatoken.manifest import OTHERS
 from alphatoken.masking import MaskPlan, mask_table
 from alphatoken.report import report_page, script_json
 from alphatoken.report_data import MOST_SHARDS, report_data, sample
@@ -43,6 +45,24 @@ def test_rows_of_sft_come_back_as_they_are(tmp_path):
     assert start == len(tokens)
     assert data["rows"][0]["id"] == HOSTILE
     assert data["quarantine"][0] == {"stage": "encode", "reason": "response is # tokens long", "rows": 2}
+
+
+def test_reasons_add_up_to_the_rows_that_were_left_out(tmp_path, monkeypatch):
+    write_folder(str(tmp_path))
+    first = f"{tmp_path}/quarantine/quarantine-000000000000000.parquet"
+    storage.write_bytes(storage.read_bytes(first), f"{tmp_path}/quarantine/quarantine-000000000000004.parquet")
+    manifest = storage.read_json(f"{tmp_path}/manifest.json")
+    counts = manifest["counts"] | {"rows_quarantined": 4, "rows_dropped_sequences": 2}
+    storage.write_json(manifest | {"counts": counts}, f"{tmp_path}/manifest.json")
+    both = [("encode", "response is # tokens long", 4), ("encode", "no response", 2)]
+    assert [tuple(line.values()) for line in data_of(tmp_path)["quarantine"]] == both
+    monkeypatch.setattr(report_data_module, "SHARED_REASONS", 1)
+    monkeypatch.setattr(report_data_module, "MOST_QUARANTINE_FILES", 1)
+    assert [tuple(line.values()) for line in data_of(tmp_path)["quarantine"]] == [
+        ("encode", "response is # tokens long", 2),
+        ("", OTHERS, 1),
+        ("", "not read: quarantine files after the first 1", 3),
+    ]
 
 
 def test_branches_of_pairs_come_one_after_the_other(tmp_path):
