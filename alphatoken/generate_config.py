@@ -7,9 +7,18 @@ import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from alphatoken.config import ModelOptions, StageConfig
+from alphatoken.credentials import SECRET_PARAMETERS
+from alphatoken.errors import option_name
 
 EngineName = Literal["auto", "vllm", "transformers"]
-JUDGES = ("verifier", "reward-model", "reference", "vllm-judge")
+OF_JUDGE = {  # what each takes, beside what all do
+    "verifier": {"verifier", "margin", "max_pairs"},
+    "reward-model": {"judge_model", "margin", "max_pairs"},
+    "reference": set(),
+    "vllm-judge": {"judge_model", "judge_template", "judge_tokens", "margin", "max_pairs"},
+}
+OF_JUDGES = set[str]().union(*OF_JUDGE.values())
+JUDGES = tuple(OF_JUDGE)
 
 
 class EngineOptions(BaseModel):
@@ -29,6 +38,11 @@ class EngineOptions(BaseModel):
     @classmethod
     def _typed(cls, value: dict[str, Any]) -> dict[str, Any]:
         """The command line gives text: 16 is a number, and true a truth value, as in a YAML file."""
+        if secret := [name for name in value if SECRET_PARAMETERS.fullmatch(name.rpartition("_")[2])]:
+            raise ValueError(
+                f"{secret[0]} is a secret, which would stand in manifests and logs; give it through the environment "
+                "(HF_TOKEN)"
+            )
         return {name: yaml.safe_load(item) if isinstance(item, str) else item for name, item in value.items()}
 
     @property
@@ -103,7 +117,6 @@ class PairConfig(StageConfig, EngineOptions):
     judge_tokens: int = Field(8, ge=1, description="vllm-judge: longest verdict in tokens")
     batch_tokens: int = Field(4096, ge=16, description="reward-model: computed positions per batch")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
-    seed: int = 0
 
     @field_validator("judge")
     @classmethod
@@ -123,4 +136,7 @@ class PairConfig(StageConfig, EngineOptions):
     def _judge_has_a_model(self) -> "PairConfig":
         if self.judge in ("reward-model", "vllm-judge") and not self.judge_model:
             raise ValueError(f"--judge {self.judge} needs --judge-model")
+        if given := self.not_default(OF_JUDGES - OF_JUDGE[self.judge]):
+            names = ", ".join(map(option_name, given))
+            raise ValueError(f"{names}: --judge {self.judge} does not use it")
         return self

@@ -93,9 +93,22 @@ class PairEncoder:
             raise BadRowError(f"the row has no chosen and rejected: it has {', '.join(sorted(row))}")
         if all(row.get(name) is not None for name in TOKEN_COLUMNS):
             prompt, chosen, rejected = (self.encoder.token_ids(row, name) for name in TOKEN_COLUMNS)
+            self._check_prompt(row, prompt)
         else:
             prompt, chosen, rejected = self._from_text(row)
         return self._fit(prompt, chosen, rejected)
+
+    def _check_prompt(self, row: dict, ids: list[int]) -> None:
+        """Ids of another vocabulary would be read as other words: a pair sampled from another model, for one."""
+        text, decode = row.get("prompt"), self.encoder.tokenizer.decode
+        if not isinstance(text, str):
+            return
+        readings = (decode(ids, skip_special_tokens=skip) for skip in (False, True))
+        if "".join(text.split()) not in ("".join(reading.split()) for reading in readings):
+            raise BadRowError(
+                "prompt_ids are not the row's prompt in this model's tokens: give pairs of another model's samples "
+                "without prompt_ids, chosen_ids and rejected_ids, and their prompt as messages"
+            )
 
     def _from_text(self, row: dict) -> tuple[list[int], list[int], list[int]]:
         prompt, chosen, rejected = _prompt_and_responses(row, bool(self.encoder.tokenizer.chat_template))

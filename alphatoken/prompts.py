@@ -2,9 +2,10 @@
 
 Formats, after renaming by `columns`: those of encode.py, whose last response is the answer; and the same without a
 response: `messages` that end with another role's turn, `prompt` alone (text or messages), `instruction` (+ `input`).
-A column `answer` goes before any response of the row.
+A column `answer` goes before any response of the row, and a column that the user chose before all others.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +69,16 @@ class PromptReader:
         return found
 
     def _read(self, row: dict) -> Prompt:
-        kind = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
-        answer = _answer(row)
+        chosen = self.encoder.options.columns
+        kind = next((name for name in _chosen_first(PROMPT_COLUMNS, chosen) if row.get(name) is not None), None)
+        answer = _answer(row, chosen)
         if kind == "input_ids":
             return self._from_tokens(row, answer)
         if kind == "messages":
             messages = check_messages(row["messages"], "messages")
             if messages[-1]["role"] == "assistant":
-                answer = messages[-1]["content"] if row.get("answer") is None else answer
+                own = row.get("answer") is None and not set(ANSWER_COLUMNS) & set(chosen)
+                answer = messages[-1]["content"] if own or answer is None else answer
                 messages = messages[:-1]
             return self._from_messages(messages, answer)
         if kind == "prompt":
@@ -121,9 +124,15 @@ class PromptReader:
         return Prompt(decode(encoded.input_ids[:start]), None, encoded.input_ids[:start], answer)
 
 
-def _answer(row: dict) -> str | None:
+def _chosen_first(names: tuple[str, ...], chosen: Collection[str]) -> list[str]:
+    """Those that the user chose by renaming go before the others."""
+    return sorted(names, key=lambda name: name not in chosen)
+
+
+def _answer(row: dict, chosen: Collection[str]) -> str | None:
     """The text of the first answer column; the last turn of one that holds messages."""
-    value: Any = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    names = _chosen_first(ANSWER_COLUMNS, chosen)
+    value: Any = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list | tuple) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     return value if value is None or isinstance(value, str) else str(value)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from alphatoken.batching import plan_batches
+from alphatoken.chat import ChatRenderer
 from alphatoken.config import DataOptions
 from alphatoken.errors import BadRowError, UserError, first_line
+from alphatoken.failed_batches import check_set_up, reason_of, with_halves
 from alphatoken.generate_config import PairConfig
 from alphatoken.model import default_device
 from alphatoken.model_encoder import make_encoder
@@ -71,8 +73,8 @@ class Reference:
 
     def __init__(self, config: PairConfig, generated: dict) -> None:
         options = DataOptions(max_length=generated["context"])
-        settings = generated["config"]
-        self.encoder = make_encoder(settings["model"], options, settings["trust_remote_code"])
+        model = generated["config"]["model"]
+        self.encoder = make_encoder(model, options, config.trust_remote_code)  # the folder may be somebody else's
         if generated.get("chat_template"):
             self.encoder.tokenizer.chat_template = generated["chat_template"]
 
@@ -130,24 +132,35 @@ class RewardModel:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # where the model finds the last token of a row
+        self.renderer = ChatRenderer(self.tokenizer) if self.tokenizer.chat_template else None
         self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.model = model.to(self.device).eval()
 
     def __call__(self, groups: Iterable[Group]) -> None:
         rows: list[tuple[Group, int, list[int]]] = []
         for group in groups:
-            ids = [self._token_ids(group.row, each.text) for each in group.candidates]
+            try:
+                ids = [self._token_ids(group.row, each.text) for each in group.candidates]
+            except BadRowError as error:
+                group.reason = str(error)
+                continue
             if self.longest and max(map(len, ids), default=0) > self.longest:
                 group.reason = f"a response has more tokens than the {self.longest} of the reward model"
                 continue
             group.scores = [0.0] * len(ids)
             rows += [(group, index, tokens) for index, tokens in enumerate(ids)]
+        errors: dict[int, Exception] = {}
         for batch in plan_batches([len(tokens) for _, _, tokens in rows], self.batch_tokens):
-            for i, score in zip(batch, self._scores([rows[i][2] for i in batch]), strict=True):
-                group, index, _ = rows[i]
-                group.scores[index] = score
-                if not math.isfinite(score):
-                    group.reason = "the reward of a response is not finite (NaN or infinity)"
+            for part, scores in with_halves(lambda part: self._scores([rows[i][2] for i in part]), batch, errors):
+                for i, score in zip(part, scores, strict=True):
+                    group, index, _ = rows[i]
+                    group.scores[index] = score
+                    if not math.isfinite(score):
+                        group.reason = "the reward of a response is not finite (NaN or infinity)"
+        if len(errors) == len(rows):
+            check_set_up(errors)
+        for i, failure in errors.items():
+            rows[i][0].reason = f"a response has no reward: {reason_of(failure, len(rows[i][2]))}"
 
     @torch.no_grad()
     def _scores(self, ids: list[list[int]]) -> list[float]:
@@ -155,9 +168,8 @@ class RewardModel:
         return self.model(**padded.to(self.device)).logits[:, 0].double().tolist()
 
     def _token_ids(self, row: dict, text: str) -> list[int]:
-        if row["messages"] and self.tokenizer.chat_template:
-            messages = [*row["messages"], {"role": "assistant", "content": text}]
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if row["messages"] and self.renderer:
+            rendered = self.renderer.render([*row["messages"], {"role": "assistant", "content": text}])
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return self.tokenizer(plain_prompt(row) + "\n" + text if row["messages"] else row["prompt"] + text)["input_ids"]
 

@@ -7,6 +7,7 @@ import pytest
 from alphatoken.config import ScoreConfig
 from alphatoken.credentials import holds_secret
 from alphatoken.errors import UserError
+from alphatoken.generate_config import EngineOptions
 from alphatoken.mask_config import MaskConfig
 from jobs import mask, score
 
@@ -57,3 +58,10 @@ def test_a_command_refuses_it_and_keeps_it_to_itself(address, tmp_path, capfd, c
     assert "give credentials through environment variables" in shown.err
     assert SECRET not in shown.out + shown.err + caplog.text
     assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["hf_token", "api_key"])
+def test_an_engine_takes_no_secret_from_the_settings(name):
+    with pytest.raises(ValueError, match=f"{name} is a secret.*through the environment"):
+        EngineOptions(engine_options={name: "abc123"})
+    assert EngineOptions(engine_options={"max_num_batched_tokens": "16"}).engine_options

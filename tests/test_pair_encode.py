@@ -84,15 +84,18 @@ def test_implicit_prompt_of_texts(chosen, rejected, prompt):
 
 def test_sampled_tokens_are_taken_as_they_are():
     row = {
-        "prompt": "x",
+        "prompt": byte_level(CHATML).decode([20, 21]),
         "chosen": "a",
         "rejected": "b",
         "prompt_ids": [20, 21],
         "chosen_ids": [22],
         "rejected_ids": [23],
     }
-    pair = encoder().encode(row)
-    assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ([20, 21], [22], [23])
+    for prompt in (row["prompt"], " " + row["prompt"] + "\n", None, [{"role": "user", "content": "x"}]):
+        pair = encoder().encode(row | {"prompt": prompt})
+        assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ([20, 21], [22], [23])
+    with pytest.raises(BadRowError, match="not the row's prompt in this model's tokens: give pairs of another model's"):
+        encoder().encode(row | {"prompt": "Two?"})
 
 
 def test_truncation():

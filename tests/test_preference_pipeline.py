@@ -18,9 +18,11 @@ from alphatoken.config import EMBEDDED_MODEL, ScoreConfig, embedded_data
 from alphatoken.errors import UserError
 from alphatoken.generate_config import GenerateConfig, PairConfig
 from alphatoken.mask_config import MaskConfig
+from alphatoken.pairing import Candidate
 from alphatoken.run_folder import differences
 from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
+from pipelines import judges
 from pipelines.dry_run import dry_run
 from pipelines.generate import run_generate
 from pipelines.mask import run_mask
@@ -191,6 +193,60 @@ def test_reward_model_scores_are_those_of_one_row_at_a_time(generated, tmp_path)
             messages = [*row["messages"], {"role": "assistant", "content": row[branch]}]
             ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")["input_ids"]
             assert row[f"{branch}_score"] == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-4)
+
+
+def test_a_conversation_that_the_reward_model_cannot_judge_is_set_aside(tmp_path, monkeypatch):
+    """By its template, or for its size."""
+    name = reward_model(tmp_path / "reward", 1)
+    refusing = "{{ raise_exception('no ' + messages[0]['role']) if messages[0]['role'] == 'system' }}" + CHATML
+    Path(name, "chat_template.jinja").write_text(refusing)
+    config = PairConfig(input="i", output="o", judge="reward-model", judge_model=name)
+    judge = judges.RewardModel(config, 1)
+    score = judge._scores
+
+    def small(ids):
+        if max(map(len, ids)) > 60:
+            raise torch.OutOfMemoryError("out of memory")
+        return score(ids)
+
+    monkeypatch.setattr(judge, "_scores", small)
+    groups = [
+        judges.Group(0, {"messages": [{"role": role, "content": "x"}]}, [Candidate(n, text, [3]) for n in range(2)])
+        for role, text in (("system", "a"), ("user", "a" * 90), ("user", "a"))
+    ]
+    judge(groups)
+    assert "no system" in groups[0].reason and "a response has no reward: out of memory" in groups[1].reason
+    assert groups[2].reason is None and len(groups[2].scores) == 2
+
+
+def test_code_of_a_model_runs_only_where_the_user_says_so(generated, tmp_path, monkeypatch):
+    """Whatever the manifest of a folder says, which may be somebody else's."""
+    trusted = []
+    monkeypatch.setattr(judges, "make_encoder", lambda model, options, trust: trusted.append(trust))
+    manifest = generated[1] | {"config": generated[1]["config"] | {"trust_remote_code": True}, "chat_template": None}
+    for answer in (False, True):
+        config = PairConfig(input="i", output="o", judge="reference", trust_remote_code=answer)
+        judges.Reference(config, manifest)
+    assert trusted == [False, True]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"judge_model": "m"}, "--judge-model: --judge verifier does not use it"),
+        (
+            {"judge": "reference", "max_pairs": 2, "margin": 1.0},
+            "--margin, --max-pairs: --judge reference does not use",
+        ),
+        (
+            {"judge": "reward-model", "judge_model": "m", "judge_template": "t"},
+            "--judge-template: --judge reward-model",
+        ),
+    ],
+)
+def test_what_a_judge_does_not_use_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        PairConfig(input="a", output="b", **given)
 
 
 def test_llm_judge_is_asked_in_both_orders(generated, tiny_checkpoint, tmp_path):

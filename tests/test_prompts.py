@@ -44,6 +44,16 @@ def test_plain_text_and_renamed_columns():
     assert (asked.prompt, asked.messages, asked.answer) == (CHAT, [USER], "4")
 
 
+@pytest.mark.parametrize("column", ["messages", "input_ids"])
+def test_columns_that_the_user_chose_go_before_others(column):
+    others = {"messages": [USER, {"role": "assistant", "content": "four"}], "input_ids": [20, 21], "labels": [-100, 21]}
+    row = {"question": "One plus one?", "gold": "two", "answer": "5", column: others[column], "labels": [-100, 21]}
+    found = reader(prompt="question", completion="gold").read(row)
+    assert (found.prompt, found.answer) == ("One plus one?", "two")
+    chat = {"messages": others["messages"], "gold": "two"}
+    assert reader(completion="gold").read(chat).answer == "two"
+
+
 def test_tokens():
     tokenizer = byte_level()
     ids = tokenizer("Two plus two is four")["input_ids"]
