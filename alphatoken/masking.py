@@ -40,7 +40,7 @@ class MaskPlan:
 class MaskedShard:
     data: pa.Table  # MASKED
     quarantine: pa.Table  # QUARANTINE
-    counts: dict[str, int]
+    counts: dict[str, int]  # tokens are those of all rows that are not quarantined: dropped rows have no kept ones
     by_class: np.ndarray | None = None  # (C, 2) int64: response tokens and kept ones of each class
 
 
@@ -74,16 +74,30 @@ def mask_table(table: pa.Table, plan: MaskPlan, source: str) -> MaskedShard:
     for new, column in zip([*schema.MASKED_EXTRA, schema.WEIGHTS], columns, strict=False):
         rows = rows.append_column(new, _lists(offsets, column, new.type))
 
+    dropped = (states == DROPPED) | (states == SUSPECT)
+    tokens, by_class = token_counts(input_ids[response_mask], keep, table.filter(pa.array(dropped)), plan)
     counts = {
         "rows_in": table.num_rows,
         "rows_out": rows.num_rows,
         "rows_quarantined": int((states > SUSPECT).sum()),
-        "rows_dropped_sequences": int(((states == DROPPED) | (states == SUSPECT)).sum()),
-        "response_tokens": len(keep),
-        "kept_tokens": int(keep.sum()),
+        "rows_dropped_sequences": int(dropped.sum()),
+        **tokens,
     }
-    by_class = class_counts(input_ids[response_mask], keep, plan)
     return MaskedShard(rows, quarantine_table(table, states, plan, source), counts, by_class)
+
+
+def token_counts(
+    token_ids: np.ndarray, keep: np.ndarray, dropped: pa.Table, plan: MaskPlan
+) -> tuple[dict[str, int], np.ndarray | None]:
+    """Counts, and those by class (see MaskedShard): the response tokens of the rows that stay, and dropped rows."""
+    left = flat(dropped, "input_ids")[flat(dropped, "response_mask")]
+    counts = {
+        "response_tokens": len(keep) + len(left),
+        "kept_tokens": int(keep.sum()),
+        "dropped_row_tokens": len(left),
+    }
+    nothing = np.zeros(len(left), dtype=bool)
+    return counts, class_counts(np.concatenate([token_ids, left]), np.concatenate([keep, nothing]), plan)
 
 
 def class_counts(token_ids: np.ndarray, keep: np.ndarray, plan: MaskPlan) -> np.ndarray | None:

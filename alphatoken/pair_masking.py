@@ -4,6 +4,7 @@ A branch becomes a SCORED table whose rows are all response, so thresholds, prot
 masking.py. What becomes of a pair is decided for both branches together.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,8 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
     states = pair_states(table, plan, source)
     stays = states == STAYS
     rows = table if stays.all() else table.filter(pa.array(stays))
-    masks, values, counted, by_class = [], [], {"response_tokens": 0, "kept_tokens": 0}, []
+    dropped = table.filter(pa.array(states == DROPPED))
+    masks, values, counted, by_class = [], [], Counter[str](), []
     for branch in BRANCHES:
         own = replace(plan, drop_up_to=None, weights=False, threshold=thresholds.get(branch))
         masked = masking.mask_table(branch_table(rows, branch), own, f"{source} ({branch})")
@@ -29,9 +31,9 @@ def mask_pair_table(table: pa.Table, plan: MaskPlan, thresholds: Thresholds, sou
         offsets = masking.offsets_of(masked.data, "input_ids")
         masks.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(labels == ids)))
         values.append(masked.data["value"])
-        by_class.append(masked.by_class)
-        for name in counted:
-            counted[name] += masked.counts[name]
+        tokens, classes = masking.token_counts(ids, labels == ids, branch_table(dropped, branch), own)
+        by_class.append(classes)
+        counted.update(tokens)
     for field, column in zip(schema.MASKED_PAIRS_EXTRA, [*masks, *values], strict=True):
         rows = rows.append_column(field, column)
     counts = {

@@ -49,5 +49,5 @@ def keep_all_pairs(table: pa.Table) -> MaskedShard:
         table = table.append_column(f"{branch}_mask", pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), kept))
         tokens += len(ids.flatten())
     counts = {"rows_in": table.num_rows, "rows_out": table.num_rows, "response_tokens": tokens, "kept_tokens": tokens}
-    nothing = schema.QUARANTINE.empty_table()
-    return MaskedShard(table, nothing, counts | {"rows_quarantined": 0, "rows_dropped_sequences": 0})
+    left_out = dict.fromkeys(("rows_quarantined", "rows_dropped_sequences", "dropped_row_tokens"), 0)
+    return MaskedShard(table, schema.QUARANTINE.empty_table(), counts | left_out)

@@ -116,7 +116,7 @@ def _show(config: DemoConfig, result: dict) -> None:
     counts = result["counts"]
     console.rule()
     console.print("green: training on the token helps the target; red: it hurts; struck out: dropped from the loss")
-    rows, tokens = counts["rows_out"], counts["response_tokens"]
+    rows, tokens = counts["rows_out"] + counts["rows_dropped_sequences"], counts["response_tokens"]
     console.print(f"kept {counts['kept_fraction']:.1%} of {tokens:,} response tokens in {rows} rows")
     if counts["kept_fraction"] == 1:
         console.print(

@@ -13,7 +13,7 @@ CONFIG = MaskConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(CONFIG, _mask, argv, show=_show, prog="alphatoken mask")
+    return cli.run(CONFIG, _mask, argv, show=show_mask, prog="alphatoken mask")
 
 
 def _mask(config: MaskConfig) -> dict:
@@ -24,7 +24,7 @@ def _mask(config: MaskConfig) -> dict:
         return run_mask(config, lambda done, total: bar.update("masking shards", done, total))
 
 
-def _show(config: MaskConfig, manifest: dict) -> None:
+def show_mask(config: MaskConfig, manifest: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -36,7 +36,9 @@ def _show(config: MaskConfig, manifest: dict) -> None:
     table.add_row("rows", f"{counts['rows_out']:,} of {counts['rows_in']:,}")
     for name in ("rows_dropped_sequences", "rows_quarantined"):
         if counts[name]:
-            table.add_row(name.replace("_", " "), f"{counts[name]:,} (reasons in quarantine/)")
+            tokens = counts.get("dropped_row_tokens") if name == "rows_dropped_sequences" else None
+            of_them = f"{tokens:,} of the response tokens; " if tokens else ""
+            table.add_row(name.replace("_", " "), f"{counts[name]:,} ({of_them}reasons in quarantine/)")
     Console(soft_wrap=True, markup=False).print(table)
 
 

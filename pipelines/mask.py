@@ -84,7 +84,8 @@ def run_mask(config: MaskConfig, progress: Progress | None = None) -> dict:
     _copy_token_classes(source, target)
     counts = _counts(folder)
     by_class = _kept_by_class(folder, class_names)
-    for sentence in unbalanced(by_class, counts["kept_fraction"]):
+    stays = 1 - counts["dropped_row_tokens"] / counts["response_tokens"]
+    for sentence in unbalanced(by_class, counts["kept_fraction"], stays):
         logger.warning(sentence)
     result = manifests.build_manifest(
         "mask",
@@ -195,14 +196,17 @@ def _kept_by_class(folder: RunFolder, names: list[str]) -> dict[str, dict[str, i
     }
 
 
-def unbalanced(by_class: dict[str, dict[str, int]], kept_fraction: float) -> list[str]:
-    """A sentence for each token class that is dropped far more often than tokens are on average."""
+def unbalanced(by_class: dict[str, dict[str, int]], kept_fraction: float, stays: float = 1.0) -> list[str]:
+    """A sentence for each token class that is dropped far more often than tokens are on average.
+
+    stays: part of the tokens that is in rows which were not dropped as a whole; only there can classes differ.
+    """
     sentences = []
     for name, counts in by_class.items():
         rate = counts["kept_tokens"] / counts["response_tokens"]
         by_chance = (1 - kept_fraction) ** counts["response_tokens"]  # that all of them go
         many = counts["response_tokens"] >= FEWEST_TOKENS
-        if (many and rate < kept_fraction - UNUSUAL_GAP) or (not rate and by_chance < UNLIKELY):
+        if (many and rate < kept_fraction - stays * UNUSUAL_GAP) or (not rate and by_chance < UNLIKELY):
             sentences.append(
                 f"only {rate:.0%} of the {name} tokens are kept, of all response tokens {kept_fraction:.0%}: the model "
                 f"would hardly be trained on them; --protect {name} keeps them, and values may be about the format "

@@ -17,7 +17,10 @@ VARIABLE = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*\]|U\+[0-9A-F]+|-?[0-9]
 
 # Names in counts, and what the tag `kind` says.
 ROWS = {"rows_in": "in", "rows_out": "out", "rows_quarantined": "quarantined", "rows_dropped_sequences": "dropped"}
-TOKENS = {"tokens": "all", "prompt_tokens": "prompt", "response_tokens": "response", "kept_tokens": "kept"}
+TOKENS = {
+    "tokens": "all", "prompt_tokens": "prompt", "response_tokens": "response", "kept_tokens": "kept",
+    "dropped_row_tokens": "dropped",
+}  # fmt: skip
 
 
 def count_shard(stage: str, record: dict[str, Any]) -> None:
@@ -100,7 +103,7 @@ def _rows() -> Counter:
 
 @cache
 def _tokens() -> Counter:
-    return Counter("alphatoken_tokens", "tokens: all, of responses, and kept by masks", ("stage", "kind"))
+    return Counter("alphatoken_tokens", "tokens: all, of responses, kept by masks, of dropped rows", ("stage", "kind"))
 
 
 @cache

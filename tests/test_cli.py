@@ -15,6 +15,7 @@ from alphatoken.generate_config import EngineOptions
 from alphatoken.mask_config import MaskConfig
 from alphatoken.train_config import TrainConfig
 from jobs import cli, main
+from jobs.mask import show_mask
 from jobs.score import show_score
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +236,15 @@ def test_scores_tell_of_special_tokens(capsys):
     assert re.search(r"special tokens +3 rows have some in their text", capsys.readouterr().out)
     show_score(config, {"counts": counts | {"rows_special_tokens": 0}, "seconds": 1.0})
     assert "special" not in capsys.readouterr().out
+
+
+def test_masks_tell_of_tokens_in_dropped_rows(capsys):
+    counts = {"rows_in": 9, "rows_out": 7, "rows_quarantined": 1, "rows_dropped_sequences": 1, "response_tokens": 1050}
+    counts |= {"kept_tokens": 1000, "dropped_row_tokens": 50, "kept_fraction": 0.952381}
+    show_mask(MaskConfig(input="i", output="o"), {"counts": counts, "rule": "share"})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "kept 95.2% of 1,050 response tokens" in shown and "rows quarantined 1 (reasons" in shown
+    assert "rows dropped sequences 1 (50 of the response tokens; reasons in quarantine/)" in shown
 
 
 def test_a_job_runs_as_a_file(tmp_path):

@@ -84,10 +84,15 @@ def test_data_set_scope_with_drops_protection_and_weights(scored, tmp_path):
     kept = flat(table, "labels") != -100
     ends = flat(table, "response_mask") & (flat(table, "input_ids") == END_OF_TURN)
     others = flat(table, "response_mask") & ~ends
-    assert manifest["kept_by_class"] == {
-        name: {"response_tokens": mine.sum(), "kept_tokens": (mine & kept).sum()}
-        for name, mine in (("word", others), ("end-of-turn", ends))
+    inside, is_end = flat(rows, "response_mask"), flat(rows, "input_ids") == END_OF_TURN
+    assert manifest["kept_by_class"] == {  # of all rows: those that are dropped have no kept tokens
+        name: {"response_tokens": found.sum(), "kept_tokens": (mine & kept).sum()}
+        for name, mine, found in (("word", others, inside & ~is_end), ("end-of-turn", ends, inside & is_end))
     }
+    counts = manifest["counts"]
+    assert counts["response_tokens"] == inside.sum() and counts["kept_tokens"] == kept.sum()
+    assert counts["response_tokens"] - counts["dropped_row_tokens"] == flat(table, "response_mask").sum()
+    assert counts["kept_fraction"] == pytest.approx(kept.sum() / inside.sum(), abs=1e-6)
     means = rows["mean_adaptation"].to_numpy() + np.float32(0.5) * rows["mean_stability"].to_numpy()
     dropped = np.argsort(means)[:15]
     assert manifest["counts"]["rows_dropped_sequences"] == 15 and manifest["counts"]["rows_out"] == 45
@@ -121,6 +126,7 @@ def test_a_token_class_that_is_hardly_kept_is_named():
     (sentence,) = unbalanced(by_class, 0.8)
     assert "only 20% of the end-of-turn tokens are kept, of all response tokens 80%" in sentence
     assert unbalanced(by_class, 0.45) == []
+    assert len(unbalanced(by_class, 0.45, stays=0.5)) == 1  # 90% of what is in rows that stay, and 40%
     few = {"end-of-turn": {"kept_tokens": 0, "response_tokens": 6}, "digits": {"kept_tokens": 0, "response_tokens": 2}}
     (sentence,) = unbalanced(few, 0.64)  # of 6, all go by chance once in 460 times; of 2, once in 8
     assert sentence.startswith("only 0% of the end-of-turn tokens are kept")

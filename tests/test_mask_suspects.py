@@ -114,6 +114,9 @@ def test_masks_equal_the_definition(tmp_path, rule: str, caplog) -> None:
     assert counts["rows_in"] == 50 and counts["rows_out"] == len(expected) < 50
     assert counts["rows_in"] == counts["rows_out"] + counts["rows_quarantined"] + counts["rows_dropped_sequences"]
     assert 0 < counts["kept_tokens"] == sum(map(sum, expected.values())) < counts["response_tokens"]
+    tokens = {row["row_id"]: sum(row["response_mask"]) for row in table.to_pylist()}
+    assert counts["response_tokens"] == sum(tokens.values())
+    assert counts["dropped_row_tokens"] == sum(tokens[row_id] for row_id in tokens.keys() - expected.keys()) > 0
     [reason] = [
         row["reason"]
         for name in storage.list_names(storage.join(output, "quarantine"))

@@ -97,6 +97,10 @@ def test_bounds_drop_suspect_tokens_and_rows(by_value):
         for row in result.data.to_pylist()
     }
     assert found == expected and result.quarantine["row_id"].to_pylist() == aside
+    tokens = {row["row_id"]: sum(row["response_mask"]) for row in table.to_pylist()}
+    assert result.counts["response_tokens"] == sum(tokens.values())  # tokens of dropped rows are not kept
+    assert result.counts["dropped_row_tokens"] == sum(tokens[row_id] for row_id in aside)
+    assert result.by_class.sum(axis=0).tolist() == [result.counts["response_tokens"], result.counts["kept_tokens"]]
     assert all(reason.startswith("suspect row") for reason in result.quarantine["reason"].to_pylist())
     assert result.counts["rows_dropped_sequences"] == len(aside) and result.counts["rows_quarantined"] == 0
 

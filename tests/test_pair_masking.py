@@ -8,6 +8,7 @@ from alphatoken import schema, selection
 from alphatoken.masking import MaskPlan
 from alphatoken.pair_masking import mask_pair_table, pair_value_digits
 from alphatoken.schema import BRANCHES
+from alphatoken.window_masking import mask_window
 
 
 def scored_pairs(count: int = 12, seed: int = 0) -> list[dict]:
@@ -85,6 +86,18 @@ def test_a_branch_that_is_not_finite_takes_its_pair_along():
     assert found.counts["rows_quarantined"] == 1
     [refused] = found.quarantine.to_pylist()
     assert refused["row_id"] == 2 and "not finite" in refused["reason"]
+
+
+def test_tokens_of_dropped_pairs_count_as_not_kept():
+    rows = scored_pairs(10)
+    rows[3]["chosen_adaptation"][0] = rows[3]["mean_adaptation"] = float("nan")
+    plan = MaskPlan(0.5, 1.0, class_of_token=np.zeros(50, dtype=np.int8))
+    [found] = mask_window([pa.Table.from_pylist(rows, schema=schema.SCORED_PAIRS)], plan, 0.4, False, "window")
+    tokens = {row["row_id"]: row["num_response_tokens"] for row in rows if row["row_id"] != 3}
+    stay = set(found.data["row_id"].to_pylist())
+    assert found.counts["rows_dropped_sequences"] == 3 and found.counts["rows_quarantined"] == 1
+    assert found.counts["response_tokens"] == sum(tokens.values()) == found.by_class[0, 0]
+    assert found.counts["dropped_row_tokens"] == sum(tokens[row_id] for row_id in tokens.keys() - stay)
 
 
 def test_protected_classes_and_floor_hold_in_both_branches():
