@@ -36,6 +36,7 @@ __all__ = [
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNIT_ROWS = 10_000  # rows of a data set, or at least this many of a Parquet file, per unit
 HASHED_BYTES = 64 * 2**20  # larger files are fingerprinted by size and modification time or etag
+MANIFEST_BYTES = 16 * 2**20  # ours are much smaller
 DATA_SET_NAME = re.compile(r"(?P<name>[^:*?\[\]]+?)(?::(?P<split>.+))?")
 # JSON files that Hugging Face puts beside the data
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -140,7 +141,7 @@ def _resolve_path(fs: Any, path: str) -> list[Input]:
     if _is_saved(fs, path):
         return [_resolve_data_set(fs, path, None)]
     base = path.rstrip("/")
-    if fs.exists(f"{base}/run.json") and not fs.exists(f"{base}/manifest.json"):
+    if _has_stage(fs, f"{base}/run.json") and not fs.exists(f"{base}/manifest.json"):
         raise UserError(
             f"{path} has no manifest.json: the job that writes it has not finished; run it again, it resumes."
         )
@@ -152,7 +153,20 @@ def _resolve_path(fs: Any, path: str) -> list[Input]:
 
 def _is_own(fs: Any, folder: str) -> bool:
     """Whether alphatoken wrote the folder."""
-    return any(fs.exists(f"{folder}/{name}") for name in ("run.json", "token_classes.parquet", "quarantine"))
+    return any(_has_stage(fs, f"{folder}/{name}") for name in ("run.json", "manifest.json"))
+
+
+def _has_stage(fs: Any, path: str) -> bool:
+    """Whether it is the run.json or manifest.json of a run. Others have files of these names too, data even."""
+    if not fs.isfile(path):
+        return False
+    with fs.open(path, "rb") as stream:
+        start = stream.read(MANIFEST_BYTES)
+    try:
+        content = json.loads(start)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("stage"), str)
 
 
 def _is_data_file(path: str) -> bool:

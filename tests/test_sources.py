@@ -172,7 +172,7 @@ def test_an_output_in_a_data_folder_is_refused(tmp_path):
             check_outside(place, [file, folder])
     check_outside(f"{folder}-2", [folder])
     check_outside(f"{folder}/out", [file, "hub/name"])
-    (tmp_path / "data" / "run.json").write_text("{}")
+    (tmp_path / "data" / "run.json").write_text('{"stage": "generate"}')
     check_outside(f"{folder}/out", [folder])  # of a run's folder data/ alone is read
 
 
@@ -222,16 +222,29 @@ def test_folder_of_files(tmp_path):
     assert [row.data for row in read_all(f"{tmp_path}/")] == rows(0, 1)
 
 
-@pytest.mark.parametrize("mark", ["token_classes.parquet", "quarantine/part.parquet", "manifest.json"])
-def test_folder_that_alphatoken_wrote(tmp_path, mark):
+def test_folder_that_alphatoken_wrote(tmp_path):
     write_parquet(tmp_path / "data" / "train-00000.parquet", rows(0))
-    write_parquet(tmp_path / mark, rows(1))
-    write(tmp_path / "run.json", b"{}")
-    if mark != "manifest.json":
-        with pytest.raises(UserError, match="has no manifest.json: the job that writes it has not finished"):
-            read_all(str(tmp_path))
-        write(tmp_path / "manifest.json", b"{}")
+    for other in ("token_classes.parquet", "quarantine/part.parquet"):
+        write_parquet(tmp_path / other, rows(1))
+    write(tmp_path / "run.json", b'{"stage": "score"}')
+    with pytest.raises(UserError, match="has no manifest.json: the job that writes it has not finished"):
+        read_all(str(tmp_path))
+    write(tmp_path / "manifest.json", b'{"stage": "score"}')
     assert [row.data for row in read_all(str(tmp_path))] == rows(0)
+    (tmp_path / "run.json").unlink()  # as some take folders to a hub
+    assert [row.data for row in read_all(str(tmp_path))] == rows(0)
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json"])
+@pytest.mark.parametrize("content", [json_lines(rows(3)), json_lines(rows(3, 4))])
+def test_folder_that_looks_as_if_alphatoken_wrote_it(tmp_path, name, content):
+    """Every data file of it is read, whatever it is called."""
+    write_parquet(tmp_path / "data" / "a.parquet", rows(0))
+    write_parquet(tmp_path / "quarantine" / "b.parquet", rows(1))
+    write_parquet(tmp_path / "token_classes.parquet", rows(2))
+    write(tmp_path / name, content)
+    found = [row.data["prompt"] for row in read_all(str(tmp_path))]
+    assert sorted(found) == [f"question {number}" for number in range(3 + content.count(b"\n"))]
 
 
 # datasets
