@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import re
 from posixpath import basename
 from typing import Any
@@ -54,7 +55,10 @@ def plan_units(sources: list[str]) -> list[ReadUnit]:
         raise UserError("No data files were given: pass at least one file, folder or data set name.")
     load_data_set.cache_clear()  # the folder may have been written again since the last plan
     inputs = sorted({found for source in sources for found in _resolve(source)}, key=lambda found: found[::-1])
-    return [unit for index, (kind, path) in enumerate(inputs) for unit in _units_of_input(kind, path, index)]
+    once: dict[Input, Input] = {}
+    for found in inputs:
+        once.setdefault(_without_links(*found), found)
+    return [unit for index, (kind, path) in enumerate(once.values()) for unit in _units_of_input(kind, path, index)]
 
 
 def check_outside(output: str, sources: list[str]) -> None:
@@ -193,7 +197,19 @@ def _is_unicode(text: str) -> bool:
 
 def _uri(fs: Any, path: str) -> str:
     """Absolute local path or full URI, so that a worker with another working directory finds the file."""
-    return fs._strip_protocol(path) if "file" in fs.protocol else fs.unstrip_protocol(path)
+    if "file" not in fs.protocol:
+        return fs.unstrip_protocol(path)
+    path = fs._strip_protocol(path)
+    plain = os.path.normpath(path)
+    return plain if os.path.realpath(plain) == os.path.realpath(path) else path  # .. behind a link is elsewhere
+
+
+def _without_links(kind: str, path: str) -> Input:
+    """The same for the same local file or saved folder, whatever leads to it."""
+    if kind == "named" or not path.startswith("/"):
+        return kind, path
+    place, colon, split = path.rpartition(":") if kind == "saved" else (path, "", "")
+    return kind, os.path.realpath(place) + colon + split
 
 
 def _is_saved(fs: Any, folder: str) -> bool:

@@ -186,6 +186,28 @@ def test_globs_and_the_order_of_files(tmp_path):
     assert [row.data for row in read_all(f"{tmp_path}/**/*.jsonl")] == rows(0, 1, 2)
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    file = write(tmp_path / "data" / "b.jsonl", json_lines(rows(0)))
+    (tmp_path / "data" / "deep").mkdir()
+    (tmp_path / "data" / "c.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "link").symlink_to("data/deep")
+    monkeypatch.chdir(tmp_path)
+    spellings = [f"{tmp_path}/data/deep/../b.jsonl", "data//b.jsonl", "./data/deep/../deep/../b.jsonl", "data"]
+    for given in ([file], [spellings[0]], [spellings[1]], spellings, ["data"], [file, f"{tmp_path}/data/c.jsonl"]):
+        assert [unit.path for unit in plan_units(given)] == [file]
+    assert [unit.path for unit in plan_units(["data/c.jsonl"])] == [f"{tmp_path}/data/c.jsonl"]
+    assert [row.data for row in read_all("link/../b.jsonl")] == rows(0)  # link/.. is data, not where link lies
+
+
+def test_a_saved_folder_that_is_named_twice_is_read_once(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(rows(0)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "link").symlink_to("saved")
+    given = [f"{tmp_path}/saved/../saved", f"{tmp_path}/link", f"{tmp_path}/saved"]
+    assert [row.data for row in read_all(*given)] == rows(0)
+
+
 def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", json_lines(rows(0)))
     monkeypatch.chdir(tmp_path)
