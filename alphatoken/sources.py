@@ -36,7 +36,11 @@ __all__ = [
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNIT_ROWS = 10_000  # rows of a data set, or at least this many of a Parquet file, per unit
-HASHED_BYTES = 64 * 2**20  # larger files are fingerprinted by size and modification time or etag
+HASHED_BYTES = 64 * 2**20  # larger files are fingerprinted by size and what the file system knows of their content
+# What file systems call it; blob_id, xet_hash, last_commit: hf://.
+OF_CONTENT = (
+    "blob_id", "xet_hash", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "last_commit"
+)  # fmt: skip
 MANIFEST_BYTES = 16 * 2**20  # ours are much smaller
 DATA_SET_NAME = re.compile(r"(?P<name>[^:*?\[\]]+?)(?::(?P<split>.+))?")
 # JSON files that Hugging Face puts beside the data
@@ -74,7 +78,8 @@ def check_outside(output: str, sources: list[str]) -> None:
 
 def data_fingerprint(sources_or_units: list[str] | list[ReadUnit]) -> str:
     """sha256 of file names (without folders), sizes and contents; the contents of files above 64 MB are replaced by
-    what the file system knows: etag or modification time. Data sets count by their own fingerprint and length.
+    what the file system knows, where it does: etag, modification time or another. Data sets count by their own
+    fingerprint and length.
     """
     units = [item for item in sources_or_units if isinstance(item, ReadUnit)]
     units = units or plan_units([item for item in sources_or_units if isinstance(item, str)])
@@ -102,9 +107,9 @@ def _with_content(digest: Any, path: str) -> Any:
     def hashed() -> Any:
         result, info = digest.copy(), fs.info(inner)
         result.update(f"{info['size']}\0".encode())
-        if info["size"] > HASHED_BYTES:
-            keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-            result.update(str(next((info[key] for key in keys if info.get(key)), "")).encode())
+        known = next((info[key] for key in OF_CONTENT if info.get(key)), None)
+        if known and info["size"] > HASHED_BYTES:
+            result.update(str(known).encode())
             return result
         with fs.open(inner, "rb") as stream:
             while block := stream.read(2**20):

@@ -404,6 +404,33 @@ def test_fingerprint_of_large_files_is_by_modification_time(tmp_path, monkeypatc
     assert data_fingerprint([path]) != before
 
 
+@pytest.mark.parametrize("known", [{}, {"blob_id": "b"}, {"xet_hash": "x"}, {"last_commit": "c"}, {"ETag": '"e"'}])
+def test_large_files_of_which_only_the_size_is_known_are_read(known, monkeypatch):
+    """hf:// knows no modification time but other things; some know nothing."""
+    monkeypatch.setattr(sources, "HASHED_BYTES", 10)
+    fs = fsspec.filesystem("memory")
+    about = known
+
+    def info(self, path, **options):
+        return {"name": path, "size": 64, "type": "file", "blob_id": None, **about}
+
+    def fingerprint(content: bytes) -> str:
+        fs.pipe_file("/test_large/a.jsonl", content)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(fs), "info", info)
+            return data_fingerprint([sources.ReadUnit("jsonl", "memory://test_large/a.jsonl", 0, 0, 0)])
+
+    try:
+        first = fingerprint(b"a" * 64)
+        assert fingerprint(b"a" * 64) == first
+        assert (fingerprint(b"b" * 64) == first) == bool(known)
+        if known:
+            about = dict.fromkeys(known, "another")
+            assert fingerprint(b"a" * 64) != first
+    finally:
+        fs.rm("/test_large", recursive=True)
+
+
 def test_import_is_light():
     heavy = ("torch", "transformers", "datasets")
     code = f"import sys, alphatoken.sources, alphatoken.encode; print([m for m in {heavy} if m in sys.modules])"
