@@ -135,8 +135,7 @@ def write_bytes(data: bytes | memoryview, uri: str) -> None:
     if _protocols(fs) & OBJECT_STORES:
         retried(lambda: fs.pipe_file(path, bytes(data)), uri)
         return
-    folder, name = path.rsplit("/", 1)
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+    folder, temporary = path.rpartition("/")[0], temporary_name(path)
 
     def write() -> None:
         fs.makedirs(folder, exist_ok=True)
@@ -148,6 +147,12 @@ def write_bytes(data: bytes | memoryview, uri: str) -> None:
         with suppress(Exception):  # what went wrong first is what counts; a resumed run removes temporary files
             fs.rm_file(temporary)
         raise
+
+
+def temporary_name(path: str) -> str:
+    """A new one in the same folder, which readers pass over; a path in a file system, not a URI."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
 
 
 def _write_and_rename(fs: fsspec.AbstractFileSystem, data: bytes | memoryview, temporary: str, path: str) -> None:

@@ -5,7 +5,9 @@ Only safetensors is read: a pickle is refused before anything in it runs.
 
 import json
 import os
+import re
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import BinaryIO
 
@@ -14,12 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, first_line
 from alphatoken.retries import retried
 from alphatoken.run_folder import differences, different_run
-from alphatoken.storage import exists, filesystem, is_local
+from alphatoken.storage import exists, filesystem, is_local, temporary_name
 
 PROVENANCE_KEY = "alphatoken"
+OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # in what safetensors says
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,53 @@ def group_of(kind: str, target: str) -> str:
 
 
 def save(path: str, contents: TensorFile) -> None:
-    """Write to a local path or URI; a reader never sees half a file."""
+    """Write to a local path or URI; a reader never sees half a file.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
     fs, target = filesystem(path)
+    try:
+        if is_local(path):  # not by way of the system's temporary folder, which may be small, or memory
+            retried(lambda: _write_beside(target, contents), path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, "tensors")
+            retried(lambda: _write(local, contents), local)
+            retried(lambda: _put(fs, local, target), path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{path} cannot be written ({reason}); mend that or give another --output") from error
+
+
+def _write(file: str, contents: TensorFile) -> None:
+    """Raises OSError as Python's own writing does."""
     metadata = {PROVENANCE_KEY: json.dumps(asdict(contents.provenance), sort_keys=True)}
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, "tensors")
-        save_file({key: value.contiguous() for key, value in contents.tensors.items()}, local, metadata=metadata)
-        retried(lambda: _put(fs, local, target), path)
+    try:
+        save_file({key: value.contiguous() for key, value in contents.tensors.items()}, file, metadata=metadata)
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), file) from error
+
+
+def _write_beside(target: str, contents: TensorFile) -> None:
+    """Under a temporary name in the same folder, then renamed."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = temporary_name(target)
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+        _write(temporary, contents)
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner may read
+        with open(temporary, "rb") as file:  # else a power cut may leave the new name with no content
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def _put(fs: fsspec.AbstractFileSystem, local: str, target: str) -> None:

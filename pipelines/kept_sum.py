@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_TARGET = 10**12  # of 1,000 files
 SAVE_SECONDS = 60.0  # about what is lost at most, beside the block that was being computed
+SAVE_SHARE = 0.02  # of the time that saving takes at most: where it is slow, more is lost
 
 Block = list[tuple[int, Any]]  # (row id, example)
 Add = Callable[[list[Any], GradientSum], GradientSum]  # examples, and the sum so far, which it may take over
@@ -43,7 +44,7 @@ class KeptSums:
     def __init__(self, folder: RunFolder, batch_tokens: int, device: torch.device) -> None:
         """batch_tokens: how many are tried together after a death."""
         self.folder, self.batch_tokens, self.device = folder, batch_tokens, device
-        self.saved = time.monotonic()
+        self.due = time.monotonic() + SAVE_SECONDS
 
     def over(
         self,
@@ -66,7 +67,7 @@ class KeptSums:
             total, killed = self._add_block(number, block, total, add, length_of)
             deadly |= killed
             done += 1
-            if time.monotonic() - self.saved > SAVE_SECONDS:
+            if time.monotonic() >= self.due:
                 self._save(number, total, done, deadly)
         return total, deadly
 
@@ -94,8 +95,10 @@ class KeptSums:
         return total, about.options["blocks"], {int(row): why for row, why in about.options["deadly"].items()}
 
     def _save(self, number: int, total: GradientSum, done: int, deadly: dict[int, str]) -> None:
+        started = time.monotonic()
         options = {"weight": total.weight, "blocks": done, "deadly": deadly}
         about = tensor_file.Provenance("sum", "", "", "", total.num_rows, total.num_tokens, options)
         tensors = {f"sum/{name}": tensor.cpu() for name, tensor in total.tensors.items()}
         tensor_file.save(self.folder.sum_uri(number), tensor_file.TensorFile(about, tensors))
-        self.saved = time.monotonic()
+        now = time.monotonic()
+        self.due = now + max(SAVE_SECONDS, (now - started) / SAVE_SHARE)

@@ -5,7 +5,9 @@ that an exception ends which nothing catches.
 """
 
 import json
+import math
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,6 +33,7 @@ ROWS = 23
 def small_blocks(monkeypatch):
     monkeypatch.setattr(validation_rows, "ROWS_IN_MEMORY", 3)
     monkeypatch.setattr(kept_sum, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(kept_sum, "SAVE_SHARE", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,28 @@ def test_finished_blocks_are_not_computed_again(scoring, config, tmp_path):
     make(scoring, config, Dying(log))
     kept, *computed = map(int, log.read_text().split())
     assert kept == 11 and sum(computed) == ROWS - 1 - 11
+
+
+def test_slow_saving_is_seldom(tmp_path, monkeypatch):
+    """Of 60 blocks of a second each, with 20 s for a save: as many are saved as take the share, and one to find out."""
+    now, saves = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kept_sum, "SAVE_SECONDS", 5.0)
+    monkeypatch.setattr(kept_sum, "SAVE_SHARE", 0.5)
+
+    def save(path, contents):
+        saves.append(now[0])
+        now[0] += 20
+
+    def add(examples, so_far):
+        now[0] += 1
+        return so_far
+
+    monkeypatch.setattr(tensor_file, "save", save)
+    folder = kept_sum.open_parts(str(tmp_path / "f"), {"stage": "fisher"}, False)
+    sums = kept_sum.KeptSums(folder, 64, torch.device("cpu"))
+    sums.over(0, [[(row, row)] for row in range(60)], add, lambda _: 1, lambda *_: None, "rows")
+    assert saves == [5.0, 65.0]  # 40 s after the first was written
 
 
 def test_a_row_that_kills_is_put_aside(scoring, config, tmp_path, monkeypatch):
