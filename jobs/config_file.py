@@ -1,5 +1,6 @@
 """Settings of a YAML or JSON file, for a stage's pydantic class: what `--config FILE` gives."""
 
+import json
 import re
 import types
 from pathlib import Path
@@ -16,7 +17,7 @@ def read(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_yaml_loader())
+        content = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -33,6 +34,16 @@ def read(path: str, config_class: type[BaseModel]) -> dict[str, Any]:
             raise UserError(f"--config {path}: unknown name {given}{did_you_mean(name, config_class.model_fields)}")
         settings[name] = _as_text(value, config_class.model_fields[name])
     return settings
+
+
+def _parsed(text: str) -> Any:
+    """JSON as JSON: of its escapes YAML makes two halves of each character outside the basic plane."""
+    import yaml
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.load(text, Loader=_yaml_loader())
 
 
 def _yaml_loader() -> Any:

@@ -116,6 +116,15 @@ def test_a_manifest_is_a_config_file(tmp_path):
     assert parse(["--config", str(file)]) == config
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "run"])
+def test_a_manifest_with_any_characters_is_a_config_file(tmp_path, name):
+    """Those that JSON escapes as two halves, too."""
+    config = MaskConfig(input="runs/😀 é", output="o")
+    file = tmp_path / name
+    file.write_text(json.dumps({"stage": "mask", "config": config.model_dump(mode="json")}, indent=2))
+    assert "\\ud83d" in file.read_text() and parse(["--config", str(file)]) == config
+
+
 def test_errors_are_sentences(capsys, tmp_path):
     assert refused([*GIVEN, "--keep-fraction", "1.5"], capsys) == [
         "alphatoken mask: --keep-fraction 1.5: input should be less than or equal to 1"
