@@ -8,6 +8,7 @@ from alphatoken.config import Scope, StageConfig
 from alphatoken.errors import UserError, option_name
 
 Rule = Literal["auto", "share", "suspect", "surprising"]
+PAPER = {"keep_fraction": 0.5, "stability_weight": 1.5}
 OF_SHARE = ("keep_fraction", "scope", "min_value", "drop_sequences")
 
 
@@ -56,12 +57,14 @@ class MaskConfig(StageConfig):
     def _apply_preset(cls, values: dict) -> dict:
         """A preset fills what was not given; what was given wins."""
         if isinstance(values, dict) and values.get("preset") == "paper":
-            return {"keep_fraction": 0.5, "stability_weight": 1.5} | values
+            return PAPER | values
         return values
 
     @model_validator(mode="after")
     def _one_rule(self) -> "MaskConfig":
         if self.rule not in ("auto", "share") and (given := self.settings_of_share):
+            if self.preset and given[0] == "keep_fraction" and self.keep_fraction == PAPER["keep_fraction"]:
+                raise ValueError(f"--preset {self.preset} is for --rule share, not for {self.rule}")
             raise ValueError(f"{option_name(given[0])} is a setting of --rule share, not of {self.rule}")
         return self
 

@@ -166,6 +166,10 @@ def test_the_rule_that_suits_a_folder() -> None:
         rule_for(config(rule="surprising"), known | {"pairs": True})
     with pytest.raises(ValueError, match="--scope is a setting of --rule share, not of suspect"):
         config(rule="suspect", scope="dataset")
+    with pytest.raises(ValueError, match="--preset paper is for --rule share, not for suspect"):
+        config(rule="suspect", preset="paper", scope="dataset")
+    with pytest.raises(ValueError, match="--keep-fraction is a setting of --rule share, not of suspect"):
+        config(rule="suspect", preset="paper", keep_fraction=0.7)
     assert config(rule="suspect", stability_weight=0.0, weights=True).rule == "suspect"
 
 
