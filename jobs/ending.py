@@ -11,7 +11,10 @@ from typing import Any
 
 def sentence(result: Any, started: float) -> str:
     """Of a job that ended well. `started`: time.time() before it."""
-    created = result.get("created") if isinstance(result, dict) else None
+    result = result if isinstance(result, dict) else {}
+    if result.get("already_finished"):  # files of tensors do not say when
+        return "already finished"
+    created = result.get("created")
     if created and datetime.fromisoformat(created).timestamp() < int(started):  # written by an earlier run
         return f"already finished, at {created}"
     return f"finished in {time.time() - started:.1f} s"

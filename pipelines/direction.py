@@ -43,7 +43,9 @@ VALIDATION_ROWS = "validation rows"  # what is counted
 
 
 def run_direction(config: DirectionConfig, progress: Phase | None = None) -> dict:
-    """Compute and save the direction; returns its provenance as a dictionary. Goes on with a run that was cut off."""
+    """Compute and save the direction; returns its provenance as a dictionary, with `already_finished` where nothing was
+    left to do. Goes on with a run that was cut off.
+    """
     check_direction_inputs(config)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     connect()
@@ -117,7 +119,7 @@ def make_direction(
     data_pairs: bool = False,
     tick: Tick = no_tick,
 ) -> dict:
-    """Compute the direction of every target of `config.validation` and save them at `path`; returns the provenance.
+    """Compute the direction of every target of `config.validation` and save them at `path`; returns as run_direction.
 
     What was added up before is kept beside `path` and used again. Raises UserError where another run's direction, or
     parts of one, are there, unless `config.overwrite`.
@@ -130,7 +132,7 @@ def make_direction(
     run = direction_run(config, parameters, positions, fingerprint(scoring.model), dtype)
     if there := tensor_file.finished(path, "direction", run, config.overwrite):
         logger.info("%s is already finished", path)
-        return asdict(there)
+        return asdict(there) | {"already_finished": True}
     folder = open_parts(path, {"stage": "direction", **run}, config.overwrite)
     sums = KeptSums(folder, config.batch_tokens, scoring.device)
     encoder = make_encoder(config.model, config, config.trust_remote_code)

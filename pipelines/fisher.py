@@ -50,7 +50,8 @@ SAMPLES, GRADIENTS = "samples", "gradients"  # what is counted
 
 
 def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
-    """Sample, accumulate and save; returns the provenance as a dictionary. Goes on with a run that was cut off.
+    """Sample, accumulate and save; returns the provenance as a dictionary, with `already_finished` where nothing was
+    left to do. Goes on with a run that was cut off.
 
     Raises UserError before an engine starts.
     """
@@ -62,7 +63,7 @@ def run_fisher(config: FisherConfig, progress: Phase | None = None) -> dict:
         run = fisher_run(config, model, planned_dtype(config.dtype, one_accelerator().get("num_gpus", 0)))
         if there := tensor_file.finished(config.output, "fisher", run, config.overwrite):
             logger.info("%s is already finished", config.output)
-            return asdict(there)
+            return asdict(there) | {"already_finished": True}
         folder = open_parts(config.output, {"stage": "fisher", **run}, config.overwrite)
         counter = Tally.remote() if progress else None
         with following(counter, progress):

@@ -38,6 +38,8 @@ def test_finished_now_or_before(capsys):
     assert code == 0 and line.startswith("alphatoken mask: finished in 0.")
     code, line = last_line(lambda config: manifest(3600), capsys, "--json")
     assert code == 0 and line.startswith("alphatoken mask: already finished, at 20")
+    code, line = last_line(lambda config: {"num_rows": 3, "already_finished": True}, capsys, "--json")
+    assert (code, line) == (0, "alphatoken mask: already finished")
     code, line = last_line(lambda config: None, capsys)
     assert code == 0 and line.startswith("alphatoken mask: finished in")
 

@@ -67,8 +67,8 @@ def died(run) -> bool:
     return False
 
 
-def make(scoring, config, tick=lambda what, more: None) -> None:
-    direction.make_direction(scoring, config, config.parameters, "all", config.output, tick=tick)
+def make(scoring, config, tick=lambda what, more: None) -> dict:
+    return direction.make_direction(scoring, config, config.parameters, "all", config.output, tick=tick)
 
 
 def tensors_of(path: str, kind: str) -> dict[str, torch.Tensor]:
@@ -223,9 +223,9 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(scoring, 
     changed = config.model_copy(update={"max_length": 99})
     with pytest.raises(UserError, match=r"different run \(options.max_length: 2048 -> 99\)"):
         make(scoring, changed)
-    make(scoring, config)
+    made = make(scoring, config)
     before = Path(config.output).stat().st_mtime_ns
-    make(scoring, config)
+    assert make(scoring, config) == made | {"already_finished": True}
     assert Path(config.output).stat().st_mtime_ns == before
     with pytest.raises(UserError, match="max_length: 2048 -> 99.*--overwrite"):
         make(scoring, changed)

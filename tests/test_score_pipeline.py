@@ -197,7 +197,9 @@ def test_direction_and_fisher_files_give_stability(tiny_checkpoint, files, tmp_p
         model=tiny_checkpoint, prompts=[files["data"]], output=str(tmp_path / "fisher.safetensors"),
         parameters="last-layers:2", num_prompts=8, max_new_tokens=8, engine="transformers",
     )  # fmt: skip
-    assert run_fisher(fisher)["num_rows"] == 8
+    made = run_fisher(fisher)
+    assert made["num_rows"] == 8
+    assert run_fisher(fisher) == made | {"already_finished": True}
     same = fisher.model_copy(update={"output": str(tmp_path / "same.safetensors"), "batch_tokens": 64})
     seen: list[tuple[str, float]] = []
     run_fisher(same, lambda what, done: seen.append((what, done)))
