@@ -4,10 +4,11 @@
 
 The device is a stand-in, with a GPU's manners: work is queued and takes its time, the host goes on, and whoever asks
 for a result sleeps until it is there. All else is the real thing: files, chat template, tokenizer, Ray, the scoring
-actor, Parquet with commit records; with --latency, every access to storage takes so much longer. Idle is the share of
-the time from the device's first batch to its last one in which it had nothing to do. `one at a time` is the control: a
-block is written before the next is computed, results are asked for at once. The CPU cores that do the rest are this
-machine's, so a rate that they cannot feed says how many a GPU like that needs.
+actor, Parquet with commit records; with --latency, every write, every look for a file and every removal by that actor
+takes so much longer; reading the input does not. Idle is the share of the time from the device's first batch to its
+last one in which it had nothing to do. `one at a time` is the control: a block is written before the next is computed,
+results are asked for at once. The CPU cores that do the rest are this machine's, so a rate that they cannot feed says
+how many a GPU like that needs.
 """
 
 import argparse
@@ -112,7 +113,8 @@ def fed(config: ScoreConfig, rate: float, latency: float, ahead: bool) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[50_000, 200_000], help="tokens a second")
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.05], help="seconds more for each access")
+    slower = "seconds more for the actor's writes, looks, removals"
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.05], help=slower)
     parser.add_argument("--shard-tokens", type=int, default=65_536, help="what an input of 17 million tokens has")
     parser.add_argument("--data", default=embedded_file("train.jsonl"), help=DATA_HELP + "; repeated as needed")
     parser.add_argument("--json")
@@ -138,7 +140,7 @@ def main() -> None:
     shares = [[run["idle"] / (run["idle"] + run["busy"]) for run in line["runs"].values()] for line in found]
     print_table(
         "Share of the time in which the device had nothing to do",
-        ["tokens a second", "storage, ms more", "as it is", "one at a time"],
+        ["tokens a second", "writing, ms more", "as it is", "one at a time"],
         [
             [f"{line['rate']:,.0f}", f"{1000 * line['latency']:.0f}", *(f"{share:.1%}" for share in pair)]
             for line, pair in zip(found, shares, strict=True)

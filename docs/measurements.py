@@ -158,7 +158,7 @@ def _ray_overhead(results: dict[str, Any]) -> Rows:
 
 
 def _feeding(results: dict[str, Any]) -> Rows:
-    rows = [["tokens a second", "ms more for an access to storage", "idle", "idle, one block at a time"]]
+    rows = [["tokens a second", "ms more for the actor's writes, looks, removals", "idle", "idle, one block at a time"]]
     for found in results["results"]:
         shares = [f"{run['idle'] / (run['idle'] + run['busy']):.1%}" for run in found["runs"].values()]
         rows.append([f"{found['rate']:,.0f}", f"{1000 * found['latency']:.0f}", *shares])
