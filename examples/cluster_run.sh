@@ -8,9 +8,18 @@ set -euo pipefail
 export RAY_API_SERVER_ADDRESS=http://localhost:8265
 export RAY_AUTH_MODE=token  # with the token that `ray get-auth-token --generate` made, once
 
+at_the_end() {
+    local code=$?
+    kill %1 2>/dev/null || true  # the dashboard's tunnel
+    if [ "$code" != 0 ]; then
+        echo "$0: failed (exit code $code); the cluster may still run, and costs money until" \
+            "\`ray down cluster.yaml\`; this script run again goes on from what is finished" >&2
+    fi
+}
+trap at_the_end EXIT
+
 ray up --yes cluster.yaml
 ray dashboard cluster.yaml &  # forwards the dashboard by SSH; jobs are submitted through it
-trap 'kill %1' EXIT
 until ray job list >/dev/null 2>&1; do sleep 5; done
 
 # --num-actors 1:8 lets Ray add machines up to the maximum in cluster.yaml, and give them back.

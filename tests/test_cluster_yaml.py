@@ -1,7 +1,9 @@
 """cluster.yaml against Ray's own schema and its preparation of a configuration; nothing is started."""
 
 import copy
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,21 @@ def test_images_hold_the_ray_of_the_lock_file(given: dict) -> None:
     for kind in ("cpu", "gpu"):
         image = given["docker"]["head_image" if kind == "cpu" else "worker_image"]
         assert re.fullmatch(rf"rayproject/ray:{re.escape(version[1])}-py31[1-3]-{kind}", image)
+
+
+@pytest.mark.parametrize("failing", ["", "up", "job submit"])
+def test_a_script_that_fails_says_that_the_cluster_costs_money(tmp_path: Path, failing: str) -> None:
+    """With a `ray` that only notes what it is told, and fails at one thing."""
+    ray = tmp_path / "ray"
+    ray.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\ncase "$*" in\ndashboard*) exec sleep 60 ;;\n'
+        f'"{failing or "nothing"}"*) exit 3 ;;\nesac\n'
+    )
+    ray.chmod(0o755)
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BUCKET": "s3://bucket"}
+    command = ["bash", str(ROOT / "examples" / "cluster_run.sh")]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=60)
+    said = "the cluster may still run, and costs money until `ray down cluster.yaml`" in done.stderr
+    assert (done.returncode, said) == ((3, True) if failing else (0, False))
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (calls[-1] == "down --yes cluster.yaml") != bool(failing)
