@@ -2,8 +2,8 @@
 
 - loss: any format of encode.py, or `text` (every token after the first counts; a long text is cut into windows);
 - choices: HellaSwag style `query`, `context` or `ctx`; or ARC style `question`, asked as "Question: ... Answer:". With
-  `endings` or `choices` (texts, or ARC's own {text, label}) and `label`, `answer`, `gold` or `answerKey`: the number of
-  the right choice from 0, or its letter;
+  `endings` or `choices` (texts, or ARC's own {text, label}) and `label`, `answer`, `gold` or `answerKey`: the label of
+  the right choice, or without labels its number from 0 or its letter;
 - answers: any format of encode.py; the last response is the reference, what comes before it is the prompt.
 """
 
@@ -211,13 +211,14 @@ def missing_columns(columns: set[str]) -> str:
 
 
 def answer_index(answer: Any, labels: list[str] | None, count: int) -> int:
-    """The right choice's index from 0. A number counts from 0, a letter from A, unless the choices have labels."""
+    """The right choice's index from 0: that of its label, or without labels a number from 0 or a letter from A.
+
+    A whole number is a label only where one of the labels is a number, too: beside letters it counts from 0.
+    """
     index = None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        index = answer
-    elif isinstance(answer, str):
-        name = answer.strip()
-        if labels:
+    if isinstance(answer, int | str) and not isinstance(answer, bool):
+        name = str(answer).strip()
+        if labels and (isinstance(answer, str) or any(label.isdecimal() for label in labels)):
             index = labels.index(name) if name in labels else None
         elif re.fullmatch("[0-9]+", name):
             index = int(name)

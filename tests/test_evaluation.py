@@ -258,8 +258,13 @@ def test_bad_questions(change, reason):
 def test_answer_names():
     assert [answer_index(name, None, 4) for name in (2, "2", "c", "C", " D ")] == [2, 2, 2, 2, 3]
     assert answer_index("1", ["1", "2"], 2) == 0 and answer_index("B", ["A", "B"], 2) == 1
-    with pytest.raises(BadRowError):
-        answer_index("0", ["1", "2"], 2)
+    assert [answer_index(name, ["1", "2", "3"], 3) for name in (1, "2", 3)] == [0, 1, 2]
+    assert answer_index(0, ["A", "B"], 2) == 0  # no label is a number
+    for name in ("0", 0):
+        with pytest.raises(BadRowError):
+            answer_index(name, ["1", "2"], 2)
+    numbered = {"query": "two plus two", "choices": {"text": ["three", "four", "five"], "label": [1, 2, 3]}}
+    assert reader().question(0, numbered | {"answer": 2}).answer == 1
 
 
 def test_check_columns_names_what_is_missing():
