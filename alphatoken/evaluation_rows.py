@@ -94,6 +94,9 @@ class RowReader:
         query, choices, answer = (_first_of(row, names) for names in (QUERY, CHOICES, ANSWER))
         if not (query and choices and answer):
             raise BadRowError(missing_columns(set(row)))
+        for name in (choices, answer):
+            if row[name] is None:
+                raise BadRowError(f"{name} is missing (null)")
         texts, labels = _choice_texts(row[choices])
         index = answer_index(row[answer], labels, len(texts))
         text = _text(row, query)
@@ -261,7 +264,9 @@ def _is_text_row(row: dict, renamed: dict[str, str]) -> bool:
 
 
 def _first_of(row: dict, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if row.get(name) is not None), None)
+    """The first of the columns that has a value, else the first that is there."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else None)
 
 
 def _choice_texts(value: Any) -> tuple[list[str], list[str] | None]:

@@ -242,7 +242,9 @@ def test_long_questions_lose_the_start_of_their_prompt():
         ({"answer": "four"}, "none of the 2"),
         ({"answer": True}, "none of the 2"),
         ({"answer": ""}, "none of the 2"),
-        ({"answer": None}, "do not form a multiple-choice question"),
+        ({"answer": None}, r"^answer is missing \(null\)$"),
+        ({"choices": None}, r"^choices is missing \(null\)$"),
+        ({"query": None}, r"^query is missing \(null\), not text$"),
         ({"choices": ["four"]}, "two texts or more"),
         ({"choices": ["four", ""]}, "empty or not text"),
         ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "other labels"),
@@ -272,6 +274,8 @@ def test_check_columns_names_what_is_missing():
     check_columns("answers", {"q": "a", "a": "b"}, {"prompt": "q", "completion": "a"}, "f")
     with pytest.raises(UserError, match="f: The columns do not form a multiple-choice question: found query"):
         check_columns("choices", {"query": "a"}, {}, "f")
+    check_columns("choices", {"query": "a", "choices": ["a", "b"], "answer": None}, {}, "f")  # a matter of that row
+    check_columns("choices", {"question": None, "choices": None, "label": None, "answer": 1}, {}, "f")
     with pytest.raises(UserError, match="known format"):
         check_columns("answers", {"text": "a"}, {}, "f")
     with pytest.raises(UserError, match="for --loss also text"):
