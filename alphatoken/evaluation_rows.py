@@ -1,7 +1,8 @@
 """From a row of user data to what is evaluated on it, and verifiers of answers.
 
 - loss: any format of encode.py, or `text` (every token after the first counts; a long text is cut into windows);
-- choices: HellaSwag style `query`, `context` or `ctx`; or ARC style `question`, asked as "Question: ... Answer:". With
+- choices: `query` is the whole prompt. Without it HellaSwag style `context` or `ctx`, or ARC style `question`, asked as
+  "Question: ... Answer:"; a row with both is reading comprehension: the context, then the question so asked. With
   `endings` or `choices` (texts, or ARC's own {text, label}) and `label`, `answer`, `gold` or `answerKey`: the label of
   the right choice, or without labels its number from 0 or its letter;
 - answers: any format of encode.py; the last response is the reference, what comes before it is the prompt.
@@ -99,10 +100,7 @@ class RowReader:
                 raise BadRowError(f"{name} is missing (null)")
         texts, labels = _choice_texts(row[choices])
         index = answer_index(row[answer], labels, len(texts))
-        text = _text(row, query)
-        if not text.strip():
-            raise BadRowError(f"{query} is empty")
-        prompt = f"Question: {text.strip()}\nAnswer:" if query == "question" else text
+        prompt = _choice_prompt(row, query)
         start, ids = self._continuations(prompt, texts)
         surplus = max(map(len, ids)) - self.encoder.options.max_length
         if surplus > 0 and (surplus >= start or self.encoder.options.too_long == "quarantine"):
@@ -267,6 +265,21 @@ def _first_of(row: dict, names: tuple[str, ...]) -> str | None:
     """The first of the columns that has a value, else the first that is there."""
     there = [name for name in names if name in row]
     return next((name for name in there if row[name] is not None), there[0] if there else None)
+
+
+def _choice_prompt(row: dict, query: str) -> str:
+    """What the choices of a question follow. `query`: the first of QUERY that has a value."""
+    text = _text(row, query)
+    if query == "query" or row.get("question") is None:
+        if not text.strip():
+            raise BadRowError(f"{query} is empty")
+        return text
+    question = _text(row, "question").strip()
+    if not question:
+        raise BadRowError("question is empty")
+    asked = f"Question: {question}\nAnswer:"
+    passage = "" if query == "question" else text.strip()  # some data sets have a passage for some questions alone
+    return f"{passage}\n{asked}" if passage else asked
 
 
 def _choice_texts(value: Any) -> tuple[list[str], list[str] | None]:

@@ -206,6 +206,31 @@ def test_choice_styles_and_their_boundary():
     assert CHAT.decode(reader().question(0, arc).choices[0]) == "Question: two?\nAnswer: four"
 
 
+def test_a_context_with_a_question_is_reading_comprehension():
+    rest = {"choices": ["four", "five"], "answer": 0}
+    boolq = {"passage": "two plus two is four. ", "question": "is it five"}
+
+    def prompt(row: dict, **columns) -> str:
+        question = reader(columns=columns).question(0, row | rest)
+        return CHAT.decode(question.choices[0][: question.start])
+
+    both = "two plus two is four.\nQuestion: is it five\nAnswer:"
+    assert prompt({"context": boolq["passage"], "question": "is it five"}) == both
+    assert prompt({"ctx": boolq["passage"], "question": "is it five"}) == both
+    assert prompt(boolq, context="passage") == both
+    alone = "Question: is it five\nAnswer:"
+    assert prompt(boolq) == alone
+    assert prompt({"context": "", "question": "is it five"}) == alone
+    assert prompt({"context": None, "question": "is it five"}) == alone
+    assert prompt({"context": "two is", "question": None}) == "two is"
+    assert prompt(boolq | {"query": "two is", "context": "four"}) == "two is"  # the whole prompt
+    assert prompt(boolq | {"query": "is it five"}, context="passage", question="query") == both
+    with pytest.raises(BadRowError, match="question is empty"):
+        prompt({"context": "two is", "question": " "})
+    hellaswag = {"ctx_a": "two plus", "ctx_b": "two is", "ctx": "two plus two is", "activity_label": "sums"}
+    assert prompt(hellaswag) == "two plus two is"
+
+
 def test_a_choice_that_merges_with_the_prompt_moves_the_boundary_of_all():
     class Merging:
         """A token for every character, and one for `is four`."""
