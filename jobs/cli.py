@@ -228,11 +228,13 @@ def _build(config_class: type[BaseModel], options: dict[str, Any]) -> BaseModel:
 
 
 def _pairs(name: str, items: list[str]) -> dict[str, str]:
-    pairs = {}
+    pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not (key and equals):
             raise UserError(f"{option_name(name)} {item}: give it as KEY=VALUE")
+        if key in pairs:
+            raise UserError(f"{option_name(name)} gives {key} twice, as {pairs[key]} and as {value}; give it once")
         pairs[key] = value
     return pairs
 

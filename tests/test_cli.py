@@ -139,6 +139,8 @@ def test_errors_are_sentences(capsys, tmp_path):
     assert "--class-weights, --normalization: how a direction is made" in refused(made, capsys, ScoreConfig)[0]
     assert "last-layers:K" in refused([*score, "--parameters", "q"], capsys, ScoreConfig)[0]
     assert "--columns prompt: give it as KEY=VALUE" in refused([*score, "--columns", "prompt"], capsys, ScoreConfig)[0]
+    twice = [*score, "--columns", "prompt=a", "--columns", "prompt=b"]
+    assert "--columns gives prompt twice, as a and as b; give it once" in refused(twice, capsys, ScoreConfig)[0]
     assert "unknown option stray" in refused([*GIVEN, "stray"], capsys)[0]
 
 
