@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import ray
@@ -208,9 +208,8 @@ class _Used:
 
 
 def usable_items(reader: RowReader, kind: str, units: list[ReadUnit], limit: int | None, used: _Used) -> Iterator[Any]:
-    """Pieces, questions or prompts of the first `limit` rows; what is left out is counted in `used`."""
-    rows: Iterator[SourceRow] = (row for unit in units for row in read_unit(unit))
-    for row in islice(rows, limit):
+    """Pieces, questions or prompts of the first `limit` rows of each file; what is left out is counted in `used`."""
+    for row in _first_rows_of_files(units, limit):
         try:
             if row.data is None:
                 raise BadRowError(row.error)
@@ -221,6 +220,11 @@ def usable_items(reader: RowReader, kind: str, units: list[ReadUnit], limit: int
         used.rows += 1
         used.truncated += any(getattr(item, "truncated", False) for item in items)
         yield from items
+
+
+def _first_rows_of_files(units: list[ReadUnit], limit: int | None) -> Iterator[SourceRow]:
+    for _, parts in groupby(units, key=lambda unit: unit.file_index):
+        yield from islice(chain.from_iterable(map(read_unit, parts)), limit)
 
 
 def _convert(reader: RowReader, kind: str, row_id: int, row: dict) -> list[Any]:

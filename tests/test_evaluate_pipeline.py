@@ -6,6 +6,8 @@ import math
 import sys
 import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -130,7 +132,7 @@ def test_a_file_without_a_usable_row_is_one_sentence(tiny_checkpoint, files, tmp
         run_evaluate(EvaluateConfig(model=[tiny_checkpoint], choices={"quiz": bad}))
 
 
-def test_usable_items_are_counted_and_limited(tiny_checkpoint, files):
+def test_usable_items_are_counted_and_limited(tiny_checkpoint, files, tmp_path, monkeypatch):
     config = EvaluateConfig(model=["m"], choices=files, max_length=300)
     reader, units = make_reader(config, tiny_checkpoint), plan_units([files["questions"]])
     used = _Used()
@@ -138,6 +140,14 @@ def test_usable_items_are_counted_and_limited(tiny_checkpoint, files):
     assert len(used.refused) == 1 and "questions.jsonl, row 4" in used.refused[0]
     used = _Used()
     assert [question.row_id for question in usable_items(reader, "choices", units, 2, used)] == [0, 1]
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path / name, QUESTIONS)
+    pq.write_table(pa.Table.from_pylist(QUESTIONS), tmp_path / "c.parquet", row_group_size=1)  # in units of their own
+    monkeypatch.setattr("alphatoken.sources.UNIT_ROWS", 1)
+    units, used = plan_units([str(tmp_path)]), _Used()
+    assert len(units) == 2 + len(QUESTIONS)
+    found = list(usable_items(reader, "choices", units, 3, used))  # the limit is of each file
+    assert len({question.row_id for question in found}) == used.rows == 9
     assert reader.encoder.options.max_length == 256  # the model has no more positions
 
 
