@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 
 from alphatoken import storage
 from alphatoken.errors import UserError
-from alphatoken.schema import BRANCHES
+from alphatoken.schema import BRANCHES, PAIRS, RESPONSES
 
 RUN_FILES = ("run.json", "manifest.json")
 LEVELS = 3  # from a window up to its run
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SHOWN = 3
 TRAINING = ("train", "rounds")
-WRITTEN_AS_TEXT = frozenset({"token_ids", "chosen_score"})  # columns of responses and pairs alone
+WRITTEN_AS_TEXT = (frozenset(PAIRS.names), frozenset(RESPONSES.names))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def _rows_of(shard: str, wanted: set[str]) -> pa.Table:
 def _with_texts(folder: str, rows: list[dict]) -> list[dict]:
     columns = {name: name.removesuffix("ids") + "tokens" for name in ("prompt_ids", *(f"{b}_ids" for b in BRANCHES))}
     columns["input_ids"] = "tokens"
-    if not rows or WRITTEN_AS_TEXT & rows[0].keys():  # what generate and pair write reads better as it is
+    # What generate and pair write reads better as it is. Other rows have columns of their own beside those kept of it.
+    if not rows or "prompt" in rows[0] and any(rows[0].keys() <= names for names in WRITTEN_AS_TEXT):
         return rows
     texts = _texts(folder)
     return [

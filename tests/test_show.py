@@ -69,6 +69,23 @@ def test_pairs_are_shown_one_response_after_the_other(tmp_path, capsys, masked):
     assert places == sorted(places) and ("[-" in out) == masked
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_kept_columns_of_pairs_are_no_texts_to_show(tmp_path, capsys, masked):
+    write_folder(str(tmp_path), pairs=True)
+
+    def change(table: pa.Table) -> pa.Table:
+        for name in schema.PAIRS.names:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.array(["kept"] * table.num_rows))
+        return mask_pair_table(table, MaskPlan(1.0, 1.0), {}, "shard").data if masked else table
+
+    row = rewrite(str(tmp_path), change)[3]
+    assert row["chosen_score"] == row["chosen"] == "kept"
+    out = shown([str(tmp_path), "--row", "p3"], capsys)
+    for branch in ("prompt", *schema.BRANCHES):
+        assert f"{branch}:\n{text_of(row[f'{branch}_ids'])}\n" in out
+
+
 def test_rows_of_sft(tmp_path, capsys):
     write_folder(str(tmp_path))
     rows = rewrite(str(tmp_path), lambda table: mask_table(table, MaskPlan(0.4, 1.0), "shard").data)
