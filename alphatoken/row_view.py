@@ -59,19 +59,19 @@ def read_rows(folder: str, ids: list[str], limit: int) -> list[dict]:
     """
     folder = storage.absolute(folder)
     rows: list[dict] = []
-    wanted = set(ids)
+    missing = set(ids)
     for shard in _shards(folder):
         if "id" not in storage.read_schema(shard).names:
             raise UserError(
                 f"{folder}: its rows have no ids, so it is none that `score` or `mask` wrote{_made(folder)}"
             )
-        found = _rows_of(shard, wanted) if ids else storage.read_table(shard).slice(0, limit)
+        found = _rows_of(shard, set(ids)) if ids else storage.read_table(shard).slice(0, limit)
         rows += found.to_pylist()
-        wanted -= set(found["id"].to_pylist())
-        if not wanted if ids else len(rows) >= limit:
+        missing -= set(found["id"].to_pylist())
+        if not ids and len(rows) >= limit:  # an id may come again in any shard
             break
-    if wanted:
-        raise UserError(_not_there(folder, sorted(wanted)))
+    if missing:
+        raise UserError(_not_there(folder, sorted(missing)))
     return _with_texts(folder, rows if ids else rows[:limit])
 
 

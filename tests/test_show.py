@@ -163,6 +163,16 @@ def test_an_id_that_is_not_there(tmp_path):
         read_rows(exported, [], 1)
 
 
+def test_an_id_that_is_there_more_than_once_is_shown_from_every_shard(tmp_path):
+    write_folder(str(tmp_path), pairs=True)
+    again = rewrite(str(tmp_path), lambda table: table)
+    shard = storage.list_shards(str(tmp_path))[0]
+    storage.write_table(storage.read_table(shard), shard.replace("000.parquet", "999.parquet"))
+    first = storage.read_table(shard)["id"][0].as_py()
+    assert [row["id"] for row in read_rows(str(tmp_path), [first], 1)] == [first, first]
+    assert len(read_rows(str(tmp_path), [], len(again) + 1)) == len(again) + 1
+
+
 def test_json_has_the_texts_beside_the_row(tmp_path, capsys):
     write_folder(str(tmp_path), pairs=True)
     [row] = json.loads(shown([str(tmp_path), "--row", "p2", "--json"], capsys))["rows"]
