@@ -42,6 +42,7 @@ BESIDE_SHARDS = {  # files and folders that these stages have beside the others
     "export": ("dataset",),
 }
 BESIDE_SHARDS["rounds"] = BESIDE_SHARDS["train"]
+CHECKPOINT = re.compile(r"^checkpoint_[0-9]")  # Ray Train's folders, not the list of them that lies beside
 SHOWN_DIFFERENCES = 5
 
 UNKNOWN = object()  # in an identity: what only a loaded model could tell
@@ -164,9 +165,12 @@ class RunFolder:
 
     def _has_results(self) -> bool:
         """Whether anything would be lost: a run that failed before its first shard is in nobody's way."""
-        kept = ("manifest.json", "checkpoints")  # train keeps checkpoints instead of shards
-        return any(storage.exists(self._path(name)) for name in kept) or any(
-            self._shard_files(folder) for folder in ("commits", "sums")
+        # Train keeps checkpoints instead of shards. Ray Train makes their folder, with a marker, before there is one
+        checkpoints = storage.list_names(self._path("checkpoints", "run"))
+        return (
+            storage.exists(self._path("manifest.json"))
+            or any(map(CHECKPOINT.match, checkpoints))
+            or any(self._shard_files(folder) for folder in ("commits", "sums"))
         )
 
     def _shard_files(self, folder: str) -> list[tuple[str, str]]:

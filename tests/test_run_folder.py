@@ -120,9 +120,22 @@ def test_a_run_that_wrote_no_shard_is_in_nobody_s_way(folder):
         folder.open(IDENTITY)
 
 
+def test_a_training_without_a_checkpoint_is_in_nobody_s_way(folder):
+    run, other = IDENTITY | {"stage": "train"}, IDENTITY | {"stage": "train", "config": {}}
+    folder.open(run)
+    kept = storage.join(folder.uri, "checkpoints", "run")
+    for name in (".validate_storage_marker", "checkpoint_manager_snapshot.json"):  # what Ray Train leaves at first
+        storage.write_bytes(b"", storage.join(kept, name))
+    assert folder.look(other) == "new"
+    storage.write_bytes(b"", storage.join(kept, "checkpoint_2026-11-28_12-00-00.000000", "trainer_state.json"))
+    with pytest.raises(UserError, match="different run"):
+        folder.look(other)
+    assert folder.look(run) == "resume"
+
+
 @pytest.mark.parametrize(
     ("stage", "left"),
-    [("train", "encoded"), ("rounds", "windows"), ("export", "dataset")] + [("score", "direction.safetensors.parts")],
+    [("train", "encoded"), ("rounds", "windows"), ("export", "dataset"), ("score", "direction.safetensors.parts")],
 )
 def test_what_a_stage_has_beside_its_shards_goes_with_it(folder, stage, left):
     """Else the next run takes it for its own, or its own stage refuses it."""
