@@ -147,13 +147,13 @@ OPEN_INSTRUCT_SNIPPET = """
 --dataset_mixer_list {folder}/data 1.0 --dataset_transform_fn IDENTITY
 """
 
-VERL_SNIPPET = '''
+VERL_SNIPPET = """
 # token_masked.py, for data.custom_cls.path=token_masked.py data.custom_cls.name=TokenMasked
 import pandas, torch
 
 class TokenMasked(torch.utils.data.Dataset):
     def __init__(self, parquet_files, tokenizer, config, processor=None, max_samples=-1):
-        files = [parquet_files] if isinstance(parquet_files, str) else parquet_files
+        files = [parquet_files] if isinstance(parquet_files, str) else parquet_files  # or folders of them
         self.rows = pandas.concat([pandas.read_parquet(file) for file in files])
         self.padded = config.get("pad_mode", "right") == "right"
         # Longer rows are cut there: set data.max_length
@@ -174,8 +174,8 @@ class TokenMasked(torch.utils.data.Dataset):
                 found[name] = torch.nn.functional.pad(value, (0, missing), value=fill)
         return found
 
-# data.train_files={folder}/data/*.parquet
-'''
+# data.train_files={folder}/data
+"""
 
 TORCHTUNE_SNIPPET = """
 # For padded_collate_sft. The recipes of torchtune 0.6.1, its last release, shift labels themselves.

@@ -1,6 +1,7 @@
 """Exports against the rows that they come from, and training on them with the stacks that are installed here."""
 
 import json
+import re
 
 import datasets
 import pyarrow as pa
@@ -121,12 +122,14 @@ def test_the_verl_class_pads_and_aligns(masked, tmp_path):
     source = storage.read_json(f"{tmp_path}/verl/manifest.json")["snippet"]
     space: dict = {}
     exec(source, space)
-    shards = storage.list_shards(str(tmp_path / "verl"))
+    [files] = re.findall(r"data\.train_files=(\S+)", source)
 
     class WithPad:
         pad_token_id = 3
 
-    data = space["TokenMasked"](shards, WithPad, {"max_length": 16})
+    shards = storage.list_shards(str(tmp_path / "verl"))
+    assert len(shards) == 2 and len(space["TokenMasked"](shards, WithPad, {})) == 10
+    data = space["TokenMasked"](files, WithPad, {"max_length": 16})
     assert len(data) == 10
     for found, row in zip((data[i] for i in range(10)), rows, strict=True):
         ids, labels = row["input_ids"][:16], row["labels"][:16]
