@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 FACTOR = ".lora_"  # in the names of an adapter's own parameters
 BASE_LAYER = ".base_layer"  # in the names of the weights that it adds to
 # What an adapter may train beside low-rank factors of linear layers. Values would be about a part of it.
@@ -25,8 +26,13 @@ MORE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parame
 
 
 def is_adapter(name: str) -> bool:
-    """Whether `name` is a folder with an adapter and no model of its own."""
-    return Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file()
+    """Whether `name` is a folder with an adapter and no model of its own.
+
+    A config.json is no model: some trainers put that of the base model beside the adapter.
+    """
+    if not Path(name, ADAPTER_CONFIG).is_file():
+        return False
+    return not any(next(Path(name).glob(pattern), None) for pattern in MODEL_WEIGHTS)
 
 
 def base_of(name: str) -> str:

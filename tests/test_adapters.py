@@ -142,6 +142,17 @@ def test_the_base_model_is_found(adapter, tiny_checkpoint, tmp_path):
     assert load_model(here, "float32").model.config.model_type == "llama"
 
 
+def test_a_configuration_beside_an_adapter_makes_it_no_model(adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    shutil.copy(Path(base_of(adapter), "config.json"), copy)  # as Axolotl leaves it
+    assert is_adapter(str(copy)) and base_of(str(copy)) == base_of(adapter)
+    assert list(scored_parameters(load_model(str(copy), "float32").model, "lora"))
+    for weights in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        Path(copy, weights).touch()
+        assert not is_adapter(str(copy))  # merged, with a configuration that was left there
+        Path(copy, weights).unlink()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
