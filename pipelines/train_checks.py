@@ -11,6 +11,7 @@ import pyarrow.types as types
 
 from alphatoken import manifest as manifests
 from alphatoken import schema, storage
+from alphatoken.adapters import base_of
 from alphatoken.checkpoint_files import files_fingerprint
 from alphatoken.encode import check_source
 from alphatoken.errors import UserError
@@ -163,11 +164,11 @@ def _check_model(config: TrainConfig, data: str, masked: dict) -> None:
 
 
 def _config_or_none(name: str | None, trust_remote_code: bool):
-    """Where the scoring model still is: it may have been moved or deleted since."""
+    """Where the scoring model still is: it may have been moved or deleted since. Of an adapter: of its base model."""
     if not name:
         return None
     try:
-        return load_config(name, trust_remote_code)
+        return load_config(base_of(name), trust_remote_code)
     except UserError:
         logger.info(
             "the model that the data was scored with (%s) is not there any more; its architecture is unknown", name

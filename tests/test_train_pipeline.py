@@ -268,6 +268,10 @@ def test_bad_inputs_are_refused_before_training(tmp_path, model, masked, monkeyp
     refused("larger has a vocabulary of 600", **right | {"objective": "dpo", "reference_model": larger})
     deeper = write_model(tmp_path / "deeper", num_hidden_layers=3)
     refused("num_hidden_layers 2.*has num_hidden_layers 3", **right | {"model": deeper})
+    adapter = tmp_path / "adapter"
+    storage.write_json({"peft_type": "LORA", "base_model_name_or_path": model}, f"{adapter}/adapter_config.json")
+    with_adapter = write_masked(tmp_path / "with-adapter", sft_rows(4), str(adapter))
+    refused("adapter .num_hidden_layers 2.*has num_hidden_layers 3", **right | {"data": with_adapter, "model": deeper})
     other = write_model(tmp_path / "other")
     tokenizer = byte_level(CHATML)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
