@@ -172,8 +172,8 @@ class TrainConfig(StageConfig, LiveValueOptions):
             raise ValueError(f"--rule {self.rule} is for --objective sft: a rejected response may well be surprising")
         if self.rule == "surprising" and self.fisher:
             raise ValueError("--rule surprising values no token, so --fisher would not matter; leave it out")
-        if self.lora_targets and not self.lora_rank:
-            raise ValueError("--lora-targets needs --lora-rank")
+        if not self.lora_rank and (given := self.not_default(("lora_alpha", "lora_dropout", "lora_targets"))):
+            raise ValueError(f"{option_name(given[0])} needs --lora-rank: without it no adapter is trained")
         if self.fsdp and not self.gpus_per_worker:
             raise ValueError("--fsdp needs GPUs: give --gpus-per-worker")
         if self.fsdp and self.dtype == "float64":

@@ -299,8 +299,11 @@ def test_settings_that_do_not_fit_together():
     for settings, match in (
         ({"early_stopping": 2}, "needs --evaluation"),
         ({"reference_model": "m"}, "is for --objective dpo"),
-        ({"lora_targets": ["q_proj"]}, "needs --lora-rank"),
+        ({"lora_targets": ["q_proj"]}, "--lora-targets needs --lora-rank"),
+        ({"lora_alpha": 16}, "--lora-alpha needs --lora-rank"),
+        ({"lora_dropout": 0.1}, "--lora-dropout needs --lora-rank"),
         ({"fsdp": True}, "needs GPUs"),
     ):
         with pytest.raises(ValueError, match=match):
             TrainConfig(**base, **settings)
+    TrainConfig(**TrainConfig(**base, lora_alpha=32).model_dump())  # defaults say nothing
