@@ -23,6 +23,7 @@ from alphatoken.tokenizer import check_same_vocabulary, load_config, load_tokeni
 from alphatoken.train_config import TrainConfig
 from pipelines.encode import good_rows
 from pipelines.live_values import check_live, data_options, encode_data
+from pipelines.lora_targets import check_lora_targets
 from pipelines.refused import Refused, reasons, report_refused
 from pipelines.train_data import DPO_COLUMNS, REFERENCE_COLUMNS, REFERENCE_TOKENS, SFT_COLUMNS
 
@@ -58,6 +59,7 @@ def check_train(config: TrainConfig, load_models: bool = True) -> TrainPlan:
         check_same_vocabulary(config.model, config.reference_model, config.trust_remote_code)
     live = check_live(config) if config.validation else {}
     plan = _plan_files(config) if config.trains_on_files else _plan_folder(config, load_models)
+    check_lora_targets(config)
     return replace(plan, fingerprints=plan.fingerprints | live | _checkpoints(config))
 
 

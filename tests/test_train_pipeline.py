@@ -21,8 +21,9 @@ from alphatoken.errors import UserError
 from alphatoken.model import load_model
 from alphatoken.train_config import TrainConfig
 from pipelines.dry_run import dry_run
+from pipelines.lora_targets import check_lora_targets
 from pipelines.train import read_metrics, run_train
-from pipelines.train_worker import build_trainer
+from pipelines.train_worker import _lora, build_trainer
 from tests import hand_written
 from tests.masked_folder import pair_rows, sft_rows, write_masked, write_model
 from tests.tiny_tokenizers import CHATML, byte_level
@@ -292,6 +293,36 @@ def test_bad_inputs_are_refused_before_training(tmp_path, model, masked, monkeyp
     Path(tmp_path / "taken" / "notes.txt").write_text("mine")
     refused("already holds files that no alphatoken run wrote", **right | {"output": str(tmp_path / "taken")})
     assert not storage.exists(str(tmp_path / "out"))
+
+
+def test_lora_targets_that_no_layer_is_called(tmp_path, model, masked, monkeypatch):
+    monkeypatch.setattr("pipelines.train.connect", lambda: pytest.fail("training was about to start"))
+    right = {"data": masked, "model": model, "output": str(tmp_path / "out"), "lora_rank": 2}
+    layers = "its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head$"
+    refused(f"no layer of {model} is called nope; {layers}", **right, lora_targets=["nope"])
+    for name in ("proj", "mlp", "norm", "all-linear"):  # half a name, no layer, no matrix, no shorthand in a list
+        refused(f"is called {name}; ", **right, lora_targets=["q_proj", name])
+    assert not storage.exists(str(tmp_path / "out"))
+
+
+LORA_TARGETS = {
+    "llama": ["q_proj", "layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj", "embed_tokens", "lm_head"],
+    "gpt2": ["c_attn", "h.0.mlp.c_fc", "wte"],
+}
+
+
+@pytest.mark.parametrize("architecture", LORA_TARGETS)
+def test_lora_targets_that_peft_takes(tmp_path, masked, architecture, monkeypatch):
+    from peft import get_peft_model
+
+    name = write_model(tmp_path / "model", architecture=architecture)
+    for target in LORA_TARGETS[architecture]:
+        config = TrainConfig(data=masked, model=name, output="o", lora_rank=2, lora_targets=[target])
+        check_lora_targets(config)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(name), _lora(config))
+        assert any("lora_" in key for key, _ in adapted.named_parameters())
+    monkeypatch.setattr("pipelines.lora_targets.meta_model", lambda *_: torch.tensor([]).nope)
+    check_lora_targets(config.model_copy(update={"lora_targets": ["nope"]}))  # left to the workers
 
 
 def test_settings_that_do_not_fit_together():
