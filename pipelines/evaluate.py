@@ -6,7 +6,9 @@ The driver compares: with two models, row by row (alphatoken/evaluation.py).
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
@@ -17,7 +19,7 @@ import ray
 from alphatoken import manifest as manifests
 from alphatoken import storage
 from alphatoken.encode import Encoder
-from alphatoken.errors import BadRowError, UserError
+from alphatoken.errors import BadRowError, UserError, first_line
 from alphatoken.evaluate_config import EvaluateConfig
 from alphatoken.evaluation import Estimate, RowSums, answer_accuracy, choice_accuracy, estimate, token_loss
 from alphatoken.evaluation_rows import KNOWN_COLUMNS, RowReader, check_columns
@@ -85,8 +87,6 @@ def _check_inputs(config: EvaluateConfig) -> dict[tuple[str, str], list[ReadUnit
     """Everything that is known without the weights. Returns the reading plan of each (kind, name)."""
     if config.lm_eval:
         check_installed()
-    if config.output:
-        storage.filesystem(config.output)
     unknown = sorted(set(config.columns) - KNOWN_COLUMNS)
     if unknown:
         known = ", ".join(sorted(KNOWN_COLUMNS))
@@ -108,7 +108,25 @@ def _check_inputs(config: EvaluateConfig) -> dict[tuple[str, str], list[ReadUnit
     if missing and config.files:
         found = ", ".join(sorted(seen))
         raise UserError(f"--columns names {', '.join(missing)}, which no file has: they have {found}.")
+    if config.output:
+        _check_output(config.output)
     return plans
+
+
+def _check_output(output: str) -> None:
+    """Writes a file beside it for a moment: where that fails, hours of evaluation would be lost."""
+    fs, path = storage.filesystem(output)
+    probe = f"{output}.{uuid.uuid4().hex}.tmp"
+    try:
+        if fs.isdir(path):
+            raise UserError(f"--output {output} is a folder; give the name of a file")
+        storage.write_bytes(b"", probe)
+    except UserError:
+        raise
+    except Exception as error:  # drivers of object stores have errors of their own
+        raise UserError(f"--output {output} cannot be written: {first_line(error)}; give another place") from error
+    with suppress(Exception):  # who may write need not be allowed to delete
+        storage.remove_file(probe)
 
 
 def make_reader(config: EvaluateConfig, model: str) -> RowReader:

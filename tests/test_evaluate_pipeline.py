@@ -183,6 +183,22 @@ def test_mistakes_are_told_before_anything_starts(settings, reason, tiny_checkpo
         run_evaluate(EvaluateConfig(**({"model": [tiny_checkpoint], "max_new_tokens": 8} | settings)))
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_starts(tiny_checkpoint, files, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("pipelines.evaluate.connect", lambda: started.append(True) or 1 / 0)
+    config = EvaluateConfig(model=[tiny_checkpoint], loss={"web": files["text"]}, max_new_tokens=8)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    for name, reason in (("file/a.json", "cannot be written: .*; give another place"), ("folder.json", "is a folder")):
+        output = str(tmp_path / name)
+        with pytest.raises(UserError, match=f"--output {output} {reason}"):
+            run_evaluate(config.model_copy(update={"output": output}))
+    assert not started
+    with pytest.raises(ZeroDivisionError):
+        run_evaluate(config.model_copy(update={"output": str(tmp_path / "new" / "a.json")}))
+    assert list((tmp_path / "new").iterdir()) == []  # nothing of the trial is left
+
+
 def test_a_tokenizer_without_a_chat_template(tiny_checkpoint, files, tmp_path, no_ray):
     tokenizer = byte_level(None)
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
