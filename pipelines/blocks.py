@@ -5,6 +5,14 @@ from typing import Any
 import ray.data
 
 
+def keep_whole(dataset: ray.data.Dataset) -> ray.data.Dataset:
+    """The same data set, no stage of which splits blocks, whatever their size. Ray's default cuts those above 192 MiB,
+    which tears apart rows that become one shard. A data set shares its context with those before and behind it.
+    """
+    dataset.context.target_max_block_size = None
+    return dataset
+
+
 def map_blocks(dataset: ray.data.Dataset, actor: type, *, num_gpus: float = 0, **options: Any) -> ray.data.Dataset:
     """`map_batches` of whole blocks as Arrow tables, also where the actor has GPUs.
 

@@ -23,7 +23,7 @@ from alphatoken.model import default_device, load_model
 from alphatoken.sampling import draw_samples
 from alphatoken.tokenizer import end_of_turn_ids, load_config, load_tokenizer
 from pipelines import metrics
-from pipelines.blocks import map_blocks
+from pipelines.blocks import keep_whole, map_blocks
 from pipelines.cluster import actor_pool, check_gpus, prepare_worker, room_for, torch_threads
 from pipelines.poison import Attempt
 
@@ -129,6 +129,7 @@ def answered(requests: ray.data.Dataset, plan: EnginePlan, notes: str) -> ray.da
     """A data set with the columns of ANSWERS. notes: the output folder, where replicas note what they are about to
     compute (pipelines/poison.py).
     """
+    requests = keep_whole(requests)
     if choose_engine(plan.options) == "vllm":
         from pipelines.vllm_engine import answered_by_vllm
 

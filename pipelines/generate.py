@@ -243,6 +243,19 @@ def one_per_sample(prompts: pa.Table, samples: int, seed: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REQUESTS)
 
 
+def _check_whole(rows: list[dict], samples: int) -> None:
+    """A torn block is a bug: its pieces would count prompts twice and write over each other's shard."""
+    # A prompt that cannot be used, and so has no tokens, is one row.
+    expected = {row["row_id"] // samples: samples if row["prompt_ids"] or not row["reason"] else 1 for row in rows}
+    found = Counter(row["row_id"] // samples for row in rows)
+    for prompt, number in found.items():
+        if number != expected[prompt]:
+            raise RuntimeError(
+                f"internal error: a block has {number} of the {expected[prompt]} responses to prompt {prompt}, so "
+                "blocks were split; nothing of it was written, please report this"
+            )
+
+
 def write_responses(
     block: pa.Table, output: str, samples: int, model: str, stage: str = "generate"
 ) -> dict[str, list]:
@@ -250,6 +263,7 @@ def write_responses(
     if not block.num_rows:
         return {}
     rows = sorted(block.to_pylist(), key=lambda row: row["row_id"])
+    _check_whole(rows, samples)
     responses, refused = [], []
     for row in rows:
         carried = json.loads(row["carried"])

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 import torch
 from oracles import token_losses
 from tiny_models import tiny_model
@@ -24,7 +26,8 @@ from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
 from pipelines import judges
 from pipelines.dry_run import dry_run
-from pipelines.generate import run_generate
+from pipelines.engines import ANSWERS
+from pipelines.generate import run_generate, write_responses
 from pipelines.mask import run_mask
 from pipelines.pair import check_pair, run_pair
 from pipelines.poison import DIED
@@ -81,6 +84,32 @@ def test_every_sample_of_every_prompt_is_there_once(generated):
     assert all(len(row["token_ids"]) == len(row["logprobs"]) > 0 for row in rows)
     reasons = {row["reason"] for row in pq.read_table(f"{config.output}/quarantine").to_pylist()}
     assert any("invalid JSON" in reason for reason in reasons) and any("leave room" in reason for reason in reasons)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """As if Ray split blocks above a few responses, not above 192 MiB."""
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 2200)
+
+
+def test_blocks_that_ray_would_split_stay_whole(generated, small_blocks, tiny_checkpoint, prompts, tmp_path):
+    manifest = run_generate(generate_config(tiny_checkpoint, prompts, tmp_path / "out", shard_rows=100))
+    assert manifest["counts"] == generated[1]["counts"]
+    expected = {row["row_id"]: row["token_ids"] for row in rows_of(generated[0].output)}
+    assert len(rows_of(tmp_path / "out")) == len(expected)
+    assert {row["row_id"]: row["token_ids"] for row in rows_of(tmp_path / "out")} == expected
+
+
+def test_a_block_with_a_part_of_a_prompt_is_not_written(tmp_path):
+    place = {"carried": json.dumps({"id": "a", "source": "s", "position": 0, "prompt": "p"}), "seed": 0}
+    good = {"prompt_ids": [1], "reason": "", "token_ids": [2], "text": "x", "seconds": 0.1, "worker": "w"}
+    failed = {"prompt_ids": [1], "reason": "generation failed"}
+    refused = {"row_id": 0, "prompt_ids": [], "reason": "the prompt is empty"}
+    for rows in ([good], [failed], [{**good, "row_id": 4}]):
+        parts = [{"row_id": 3, **place, **row} for row in rows] + [place | refused]
+        with pytest.raises(RuntimeError, match="1 of the 3 responses to prompt 1"):
+            write_responses(pa.Table.from_pylist(parts, ANSWERS), str(tmp_path), samples=3, model="m")
+    assert not list(tmp_path.iterdir())
 
 
 def test_same_seed_same_samples_and_another_seed_others(generated, tiny_checkpoint, prompts, tmp_path):
