@@ -1,6 +1,7 @@
 """An LLM behind an engine as judge: questions of a shard, answers, and pairs from the verdicts."""
 
 import json
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -54,13 +55,25 @@ def _request(row_id: int, carried: str, ids: list[int], reason: str) -> dict[str
     return {"row_id": row_id, "carried": carried, "prompt_ids": ids, "seed": sample_seed(0, 0, 0), "reason": reason}
 
 
+def _check_whole(shard: str, groups: list[judges.Group], asked: int) -> None:
+    """A torn block is a bug: its pieces would write over each other's shard."""
+    expected = 1 + sum(len(group.candidates) * (len(group.candidates) - 1) for group in groups)  # 1: NO_QUESTION
+    if asked != expected:
+        raise RuntimeError(
+            f"internal error: a block has {asked} of the {expected} rows that the judge was asked for {shard}, so blocks "
+            "were split; nothing of it was written, please report this"
+        )
+
+
 def pair_by_verdicts(block: pa.Table, config: PairConfig, samples: int, output: str) -> dict[str, list]:
     """Verdicts of whole shards to pairs, written; returns their counts, a row per shard."""
     by_shard: dict[str, dict[int, dict]] = {}
     errors: dict[tuple[str, int], str] = {}
     costs: dict[str, dict[str, Any]] = {}
+    asked: Counter = Counter()  # rows of each shard
     for row in block.select(["carried", "text", "reason", "worker", "seconds"]).to_pylist():
         place = json.loads(row["carried"])
+        asked[place["shard"]] += 1
         cost = costs.setdefault(place["shard"], {"worker": "none", "seconds": 0.0})  # a shard without questions
         if row["worker"]:
             cost |= {"worker": row["worker"], "seconds": cost["seconds"] + row["seconds"]}
@@ -73,6 +86,7 @@ def pair_by_verdicts(block: pa.Table, config: PairConfig, samples: int, output: 
     total: dict[str, list] = {}
     for shard, verdicts in by_shard.items():
         groups = read_groups(shard, samples)
+        _check_whole(shard, groups, asked[shard])
         contradictions = 0
         for group in groups:
             contradictions += judges.settle(group, verdicts.get(group.row_id, {}))

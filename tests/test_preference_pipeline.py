@@ -28,6 +28,7 @@ from pipelines import judges
 from pipelines.dry_run import dry_run
 from pipelines.engines import ANSWERS
 from pipelines.generate import run_generate, write_responses
+from pipelines.llm_judge import ask_questions, pair_by_verdicts
 from pipelines.mask import run_mask
 from pipelines.pair import check_pair, run_pair
 from pipelines.poison import DIED
@@ -286,6 +287,37 @@ def test_llm_judge_is_asked_in_both_orders(generated, tiny_checkpoint, tmp_path)
     )  # fmt: skip
     with pytest.raises(UserError, match="no pair could be made"):
         run_pair(config)
+
+
+def test_a_shard_s_questions_to_an_llm_judge_stay_together(
+    generated, small_blocks, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Also where Ray would split them; each shard is written once, from all verdicts."""
+    config = PairConfig(
+        input=generated[0].output, output=str(tmp_path / "pairs"), judge="vllm-judge", judge_model=tiny_checkpoint,
+        engine="transformers", judge_tokens=2,
+    )  # fmt: skip
+    seen = []
+    with pytest.raises(UserError, match="no pair could be made"):
+        run_pair(config, lambda counts: seen.append(counts["prompts"]))
+    assert len(seen) == len(storage.list_shards(generated[0].output)) and seen[-1] == 6
+
+
+def test_a_part_of_a_shard_s_verdicts_is_not_written(generated, tiny_checkpoint, tmp_path):
+    config = PairConfig(
+        input=generated[0].output, output=str(tmp_path / "pairs"), judge="vllm-judge", judge_model=tiny_checkpoint
+    )
+    shard = storage.list_shards(generated[0].output)[0]
+    asked = ask_questions({"shard": [shard]}, config, 3, 4096).to_pylist()
+    for row in asked:
+        place = json.loads(row["carried"])
+        row["text"] = "A" if place.get("first", 0) < place.get("second", 0) else "B"
+    answers = pa.Table.from_pylist(asked, ANSWERS)
+    for part in (answers[:4], answers[4:]):
+        with pytest.raises(RuntimeError, match=f"of the {len(asked)} rows that the judge was asked"):
+            pair_by_verdicts(part, config, 3, config.output)
+    assert not Path(config.output).exists()
+    assert pair_by_verdicts(answers, config, 3, config.output)["rows_out"][0] > 0
 
 
 @pytest.mark.parametrize(
