@@ -89,14 +89,14 @@ class Encoder:
             "alpaca": self._encode_alpaca,
         }[name]
         input_ids, mask = encode(row)
-        _check_ids(input_ids, self.vocab_size)
+        check_ids(input_ids, self.vocab_size)
         _check_mask(mask)
         return self._fit(input_ids, mask)
 
     def encode_completion(self, row: dict) -> tuple[list[int], list[bool]]:
         """A row of prompt and completion, however long: (input_ids, response_mask). Raises as `encode` does."""
         input_ids, mask = self._encode_prompt_completion(row)
-        _check_ids(input_ids, self.vocab_size)
+        check_ids(input_ids, self.vocab_size)
         _check_mask(mask)
         return input_ids, mask
 
@@ -114,7 +114,7 @@ class Encoder:
     def token_ids(self, row: dict, column: str) -> list[int]:
         """A column that holds token ids already. Raises BadRowError where they are none of the vocabulary."""
         ids = _integers(row, column)
-        _check_ids(ids, self.vocab_size)
+        check_ids(ids, self.vocab_size)
         return ids
 
     @cached_property
@@ -316,7 +316,8 @@ def _type_name(value: Any) -> str:
     return "missing (null)" if value is None else f"a {type(value).__name__}"
 
 
-def _check_ids(input_ids: list[int], vocab_size: int) -> None:
+def check_ids(input_ids: list[int], vocab_size: int) -> None:
+    """Raises BadRowError unless there are some, all of them of the model's vocabulary."""
     if not input_ids:
         raise BadRowError("the row has no tokens")
     for token_id in (min(input_ids), max(input_ids)):

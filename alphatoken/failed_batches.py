@@ -42,7 +42,7 @@ def with_halves(
         except UserError:
             raise
         except Exception as error:  # whatever a model or a kernel raises
-            if _is_device_broken(error):
+            if is_device_broken(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # its frames hold the tensors that filled the memory
             failed = error
@@ -70,7 +70,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 
-def _is_device_broken(error: Exception) -> bool:
+def is_device_broken(error: Exception) -> bool:
+    """Whether the device may compute wrong numbers from now on."""
     broken = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
     return broken and not is_out_of_memory(error)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphatoken.chat import check_messages
-from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, rename_columns
+from alphatoken.encode import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, Encoder, check_ids, rename_columns
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.sources import ReadUnit, first_rows
 
@@ -66,6 +66,7 @@ class PromptReader:
             raise BadRowError(
                 f"the prompt has {len(found.prompt_ids)} tokens; from 1 to {self.longest} leave room for the response"
             )
+        check_ids(found.prompt_ids, self.encoder.vocab_size)  # a tokenizer may know more than the model
         return found
 
     def _read(self, row: dict) -> Prompt:

@@ -18,6 +18,7 @@ import torch
 from alphatoken.batching import plan_batches
 from alphatoken.embedded import resolve_model
 from alphatoken.errors import UserError, did_you_mean, first_line
+from alphatoken.failed_batches import is_device_broken
 from alphatoken.generate_config import EngineOptions, SamplingOptions
 from alphatoken.model import default_device, load_model
 from alphatoken.sampling import draw_samples
@@ -190,6 +191,8 @@ class TransformersSampler:
                 set(plan.end_ids),
             )
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_device_broken(error):
+                raise
             if len(rows) == 1:
                 rows[0]["reason"] = f"generation failed: {first_line(error)}"
                 return

@@ -45,6 +45,24 @@ def test_without_vllm(monkeypatch):
         engines.choose_engine(EngineOptions(engine="vllm"))
 
 
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_broken_device_ends_the_run_and_another_error_sets_its_prompt_aside(monkeypatch, broken):
+    def fail(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered" if broken else "no such kernel")
+
+    monkeypatch.setattr(engines, "draw_samples", fail)
+    sampler = engines.TransformersSampler.__new__(engines.TransformersSampler)
+    sampler.plan = SimpleNamespace(sampling=None, end_ids=())
+    sampler.scoring = sampler.tokenizer = None
+    rows = [{"prompt_ids": [1], "seed": 0, "reason": ""} for _ in range(2)]
+    if broken:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            sampler._fill(rows)
+    else:
+        sampler._fill(rows)
+        assert {row["reason"] for row in rows} == {"generation failed: no such kernel"}
+
+
 def test_rounds_know_every_end_of_turn_that_generate_knows(tmp_path):
     """Of Gemma, the settings for generation alone name it: without them no response would ever end."""
     model = write_model(tmp_path / "model")

@@ -78,6 +78,13 @@ def test_rows_that_cannot_be_used(row, reason):
         reader().read(row)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "hello"}, {"messages": [USER]}, {"instruction": "hello"}])
+def test_a_prompt_beyond_the_model_s_vocabulary(row):
+    small = PromptReader(Encoder(byte_level(CHATML), DataOptions(), vocab_size=5), 200)
+    with pytest.raises(BadRowError, match="is not in the model's vocabulary of 5"):
+        small.read(row)
+
+
 def test_a_conversation_without_a_chat_template():
     with pytest.raises(UserError, match="no chat template"):
         reader(None).read({"messages": [USER]})
