@@ -1,10 +1,10 @@
 """What `alphatoken generate` and `alphatoken pair` can be told."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from alphatoken.config import ModelOptions, StageConfig
 from alphatoken.credentials import SECRET_PARAMETERS
@@ -19,6 +19,15 @@ OF_JUDGE = {  # what each takes, beside what all do
 }
 OF_JUDGES = set[str]().union(*OF_JUDGE.values())
 JUDGES = tuple(OF_JUDGE)
+
+
+def _no_empty_text(stop: list[str]) -> list[str]:
+    if "" in stop:
+        raise ValueError("an empty text would end every response at its start: give a text, or no --stop")
+    return stop
+
+
+Stops = Annotated[list[str], AfterValidator(_no_empty_text)]
 
 
 class EngineOptions(BaseModel):
@@ -43,7 +52,7 @@ class EngineOptions(BaseModel):
                 f"{secret[0]} is a secret, which would stand in manifests and logs; give it through the environment "
                 "(HF_TOKEN)"
             )
-        return {name: yaml.safe_load(item) if isinstance(item, str) else item for name, item in value.items()}
+        return {name: _from_yaml(name, item) if isinstance(item, str) else item for name, item in value.items()}
 
     @property
     def replica_range(self) -> tuple[int, int]:
@@ -63,13 +72,20 @@ class EngineOptions(BaseModel):
         return self
 
 
+def _from_yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{name}={text} is no value that YAML can read: close its brackets and quotes") from None
+
+
 class SamplingOptions(BaseModel):
     """How responses are drawn."""
 
-    temperature: float = Field(1.0, ge=0, description="0: the likeliest token every time")
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0: the likeliest token every time")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this probability")
     max_new_tokens: int = Field(512, ge=1, description="longest response in tokens")
-    stop: list[str] = Field([], description="texts that end a response, besides the model's own end of turn")
+    stop: Stops = Field([], description="texts that end a response, besides the model's own end of turn")
     seed: int = Field(0, description="of all samples: each draws by (seed, prompt, sample number)")
 
 

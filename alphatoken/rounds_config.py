@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from alphatoken.config import Dtype, check_decoder_weights
+from alphatoken.generate_config import Stops
 from alphatoken.targets import one_target
 from alphatoken.train_config import BY_VALUE, TrainConfig
 
@@ -35,8 +36,8 @@ class RoundsConfig(TrainConfig):
     verifier: str = Field(
         "number", description="generate: what says whether a response is right: number, exact, math or module:function"
     )
-    temperature: float = Field(1.0, gt=0, description="generate: of the samples")
-    stop: list[str] = Field([], description="generate: texts that end a response, besides the model's own end of turn")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="generate: of the samples")
+    stop: Stops = Field([], description="generate: texts that end a response, besides the model's own end of turn")
     max_new_tokens: int = Field(256, ge=1, description="generate: longest response in tokens")
     overlap: bool = Field(
         False, description="value the next window while this one is trained on: with weights one window older"

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from alphatoken.config import DirectionConfig, ScoreConfig
 from alphatoken.errors import UserError
-from alphatoken.generate_config import EngineOptions
+from alphatoken.generate_config import EngineOptions, SamplingOptions
 from alphatoken.mask_config import MaskConfig
+from alphatoken.rounds_config import RoundsConfig
 from alphatoken.train_config import TrainConfig
 from jobs import cli, main
 from jobs.mask import show_mask
@@ -100,6 +101,26 @@ def test_engine_options_have_types_on_the_command_line():
     assert found == {
         "max_num_seqs": 16, "gpu_memory_utilization": 0.8, "enforce_eager": False, "quantization": "fp8"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": ["a", ""]}, "an empty text would end every response"),
+        ({"temperature": float("inf")}, "finite"),
+        ({"temperature": float("nan")}, "finite"),
+    ],
+)
+def test_what_no_sampling_can_do(changes, message):
+    rounds = {"data": ["d"], "model": "m", "output": "o", "validation": ["v"], "objective": "dpo", "generate": 2}
+    for config, given in ((SamplingOptions, {}), (RoundsConfig, rounds)):
+        with pytest.raises(ValueError, match=message):
+            config(**given, **changes)
+
+
+def test_an_engine_option_that_yaml_cannot_read():
+    with pytest.raises(ValueError, match=r"quantization=\[1 is no value that YAML can read"):
+        EngineOptions(engine_options={"quantization": "[1"})
 
 
 def test_a_range_in_yaml_is_no_number_in_base_60(tmp_path):
