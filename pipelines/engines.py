@@ -82,10 +82,13 @@ def engine_room(options: EngineOptions) -> int:
 
 
 def choose_engine(options: EngineOptions) -> str:
-    """vllm or transformers. Raises UserError where vLLM is asked for and not installed."""
+    """vllm or transformers. Raises UserError where vLLM, or what only it has, is asked for and not installed."""
     installed = importlib.util.find_spec("vllm") is not None
     if installed and options.engine != "transformers":
         _check_names(options.engine_options)
+    if options.engine == "auto" and not installed and (options.engine_options or options.tensor_parallel > 1):
+        given = "--engine-options" if options.engine_options else "--tensor-parallel"
+        raise UserError(f"{given}: for vLLM, which is not installed; pip install 'alphatoken[vllm]', or leave it out")
     if options.engine == "auto":
         return "vllm" if installed else "transformers"
     if options.engine == "vllm" and not installed:

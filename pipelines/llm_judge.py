@@ -60,8 +60,8 @@ def _check_whole(shard: str, groups: list[judges.Group], asked: int) -> None:
     expected = 1 + sum(len(group.candidates) * (len(group.candidates) - 1) for group in groups)  # 1: NO_QUESTION
     if asked != expected:
         raise RuntimeError(
-            f"internal error: a block has {asked} of the {expected} rows that the judge was asked for {shard}, so blocks "
-            "were split; nothing of it was written, please report this"
+            f"internal error: a block has {asked} of the {expected} rows that the judge was asked for {shard}, so "
+            "blocks were split; nothing of it was written, please report this"
         )
 
 

@@ -40,7 +40,10 @@ def test_engine_arguments_that_vllm_does_not_know_are_told_before_it_starts(vllm
 
 def test_without_vllm(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    assert engines.choose_engine(EngineOptions(engine_options={"max_num_seqs": 4})) == "transformers"
+    assert engines.choose_engine(EngineOptions()) == "transformers"
+    for name, value in (("engine_options", {"max_num_seqs": 4}), ("tensor_parallel", 2)):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: for vLLM, which is not installed"):
+            engines.choose_engine(EngineOptions(**{name: value}))
     with pytest.raises(UserError, match="vLLM is not installed"):
         engines.choose_engine(EngineOptions(engine="vllm"))
 
