@@ -72,8 +72,9 @@ def finished(
 ) -> Sample:
     """A response up to its end: an end-of-turn token, a stop text, or the last token."""
     length = next((i + 1 for i, token in enumerate(token_ids) if token in end_ids), len(token_ids))
-    stopped = length < len(token_ids) or bool(token_ids and token_ids[length - 1] in end_ids)
-    text = tokenizer.decode(token_ids[:length], skip_special_tokens=True)
+    stopped = bool(token_ids and token_ids[length - 1] in end_ids)
+    # Not every end token is a special one.
+    text = tokenizer.decode(token_ids[: length - stopped], skip_special_tokens=True)
     where = min((place for stop in options.stop if (place := text.find(stop)) >= 0), default=-1)
     if where >= 0:
         length, stopped = _tokens_up_to(token_ids[:length], options.stop, tokenizer), True

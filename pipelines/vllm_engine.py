@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 from alphatoken.embedded import resolve_model
 from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import resolve_dtype
+from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import torch_threads
 from pipelines.engines import ANSWERS, REQUESTS, EnginePlan
@@ -42,7 +43,7 @@ def answered_by_vllm(requests: ray.data.Dataset, plan: EnginePlan, notes: str) -
     processor = build_processor(
         vllm_config(plan),
         preprocess=partial(vllm_request, sampling=plan.sampling, end_ids=plan.end_ids),
-        postprocess=partial(_answer, limit=plan.sampling.max_new_tokens, end_ids=frozenset(plan.end_ids)),
+        postprocess=partial(_answer, plan=plan),
         preprocess_map_kwargs={"num_cpus": 0.5},
         postprocess_map_kwargs={"num_cpus": 0.5},
     )
@@ -189,11 +190,11 @@ def vllm_request(row: dict[str, Any], sampling: SamplingOptions, end_ids: tuple[
     return {"tokenized_prompt": list(map(int, row["prompt_ids"])), "sampling_params": settings, ERROR: row["reason"]}
 
 
-def _answer(row: dict[str, Any], limit: int, end_ids: frozenset[int]) -> dict[str, Any]:
+def _answer(row: dict[str, Any], plan: EnginePlan) -> dict[str, Any]:
     """A row of ANSWERS. Rows with an error do not come here."""
     tokens = [int(token) for token in row["generated_tokens"]]
     logprobs = row["logprobs"]
-    stopped = len(tokens) < limit or bool(tokens and tokens[-1] in end_ids)
+    stopped = len(tokens) < plan.sampling.max_new_tokens or tokens[-1] in plan.end_ids or _has_stop_text(tokens, plan)
     return {name: row[name] for name in REQUESTS.names} | {
         "token_ids": tokens,
         "text": row["generated_text"],
@@ -203,6 +204,19 @@ def _answer(row: dict[str, Any], limit: int, end_ids: frozenset[int]) -> dict[st
         "worker": row["worker"],
         "seconds": row["seconds"],
     }
+
+
+def _has_stop_text(tokens: list[int], plan: EnginePlan) -> bool:
+    """Whether the last possible token completed a stop text: vLLM has cut that, and Ray drops why it ended."""
+    if not plan.sampling.stop:
+        return False
+    text = _tokenizer(plan.model, plan.trust_remote_code).decode(tokens, skip_special_tokens=True)
+    return any(stop in text for stop in plan.sampling.stop)
+
+
+@cache
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+    return load_tokenizer(model, trust_remote_code)
 
 
 def _to_answers(block: pa.Table) -> pa.Table:

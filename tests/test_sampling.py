@@ -69,6 +69,14 @@ def test_where_a_response_ends():
     assert "." in tokenizer.decode(stopped.token_ids) and "And" not in tokenizer.decode(stopped.token_ids)
 
 
+def test_an_end_token_that_is_no_special_one_is_not_in_the_text():
+    tokenizer = byte_level(CHATML)
+    ids = tokenizer("four!")["input_ids"]
+    sample = finished(ids, None, tokenizer, SamplingOptions(max_new_tokens=9), {ids[-1]})
+    assert tokenizer.decode(ids[-1:]) == "!"
+    assert (sample.token_ids, sample.text, sample.finish_reason) == (ids, "four", "stop")
+
+
 def test_a_stop_text_ends_a_row_alike_alone_and_beside_others(scoring):
     options = {"stop": ["e", " "], "max_new_tokens": 24}
     prompts, seeds = [[20 + i] for i in range(24)], list(range(24))

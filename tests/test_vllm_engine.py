@@ -1,11 +1,15 @@
-"""The gate of a vLLM replica: requests together, or those that an engine died on alone."""
+"""The gate of a vLLM replica: requests together, or those that an engine died on alone; and how answers ended."""
 
 import asyncio
 import random
 
 import pytest
+from tiny_tokenizers import CHATML, byte_level
 
-from pipelines.vllm_engine import Gate
+from alphatoken.generate_config import EngineOptions, SamplingOptions
+from alphatoken.sampling import finished
+from pipelines.engines import ANSWERS, EnginePlan
+from pipelines.vllm_engine import Gate, _answer
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,6 +36,17 @@ def test_whoever_is_alone_is_alone_and_everybody_gets_in(seed):
 
     asyncio.run(run())
     assert sorted(done) == list(range(40)) and most[0] > 1
+
+
+def test_a_stop_text_completed_by_the_last_possible_token_is_a_stop_with_either_engine(tiny_checkpoint):
+    tokenizer = byte_level(CHATML)
+    ids, ends = tokenizer("The answer is four.")["input_ids"], (tokenizer.eos_token_id,)
+    for stop, reason in (["."], "stop"), (["?"], "length"), ([], "length"):
+        sampling = SamplingOptions(max_new_tokens=len(ids), stop=stop)
+        plan = EnginePlan(tiny_checkpoint, "auto", False, 100, 100, EngineOptions(), sampling, ends)
+        row = dict.fromkeys(ANSWERS.names) | {"generated_tokens": ids, "generated_text": "", "logprobs": None}
+        assert _answer(row, plan)["finish_reason"] == reason
+        assert finished(ids, None, tokenizer, sampling, set(ends)).finish_reason == reason
 
 
 def test_a_failure_inside_opens_the_gate_again():
