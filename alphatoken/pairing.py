@@ -27,12 +27,12 @@ class Pair:
 
 
 def distinct(candidates: list[Candidate]) -> list[Candidate]:
-    """The first of each text; blanks aside. Empty ones go."""
+    """The first of each text that was not cut off, else the first; blanks aside. Empty ones go."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         text = " ".join(candidate.text.split())
-        if text:
-            found.setdefault(text, candidate)
+        if text and (text not in found or candidate.finished > found[text].finished):
+            found[text] = candidate
     return list(found.values())
 
 

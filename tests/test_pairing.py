@@ -53,3 +53,9 @@ def test_margin_holds_for_every_pair():
 def test_identical_and_empty_texts_count_once():
     texts = ["yes", " yes\n", "no", "", "  "]
     assert [c.sample for c in distinct([Candidate(i, text, None) for i, text in enumerate(texts)])] == [0, 2]
+
+
+def test_of_equal_texts_one_that_was_not_cut_off_is_kept():
+    texts = [("yes", False), ("no", True), ("yes", True), ("yes ", True)]
+    found = distinct([Candidate(i, text, None, done) for i, (text, done) in enumerate(texts)])
+    assert [(c.sample, c.finished) for c in found] == [(2, True), (1, True)]
