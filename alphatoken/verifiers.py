@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable
 
 from alphatoken.errors import BadRowError, UserError, first_line
@@ -65,12 +66,24 @@ def _own(name: str, folder: str) -> Verify:
         sys.path.append(folder)
     try:
         found = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
     except ImportError as error:
         raise UserError(f"--verifier {name}: {first_line(error)}") from error
+    except Exception as error:  # the user's own code may raise anything
+        what = f"{type(error).__name__} in {_where(error)}: {getattr(error, 'msg', None) or first_line(error)}"
+        raise UserError(f"--verifier {name} cannot be loaded: {what}") from error
+    try:
+        for part in function.split("."):
+            found = getattr(found, part)
     except AttributeError as error:
         raise UserError(f"--verifier {name}: {module} has no {function}") from error
     if not callable(found):
         raise UserError(f"--verifier {name} is not a function")
     return found
+
+
+def _where(error: Exception) -> str:
+    """File and line."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}, line {last.lineno}"

@@ -35,6 +35,21 @@ def test_an_own_function_and_what_it_may_return(tmp_path):
             load_verifier(name, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\ndef check(:\n", r"SyntaxError in \S+checks_syntax\.py, line 2: invalid syntax$"),
+        ("\nlimit = unknown\n", r"NameError in \S+checks_name\.py, line 2: name 'unknown' is not defined$"),
+        ("from math import no_such\n", "no_such"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded(tmp_path, code, message):
+    module = "checks_syntax" if "def" in code else "checks_name" if "limit" in code else "checks_import"
+    (tmp_path / f"{module}.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        load_verifier(f"{module}:check", str(tmp_path))
+
+
 def test_an_answer_without_a_number(tmp_path):
     with pytest.raises(BadRowError, match="nothing to compare with"):
         score_response(load_verifier("number", str(tmp_path)), "3", "three")
