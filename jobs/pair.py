@@ -37,6 +37,8 @@ def _show(config: PairConfig, manifest: dict) -> None:
     table.add_row("pairs", f"{counts['rows_out']:,} from {counts['prompts']:,} prompts")
     if counts["identical_responses"]:
         table.add_row("identical responses", f"{counts['identical_responses']:,}")
+    if counts.get("empty_responses"):  # not counted by earlier versions
+        table.add_row("empty responses", f"{counts['empty_responses']:,}")
     for reason, number in counts["quarantine_reasons"].items():
         table.add_row("set aside", f"{number:,}: {reason}")
     table.add_row("time", f"{manifest['seconds']:.0f} s")

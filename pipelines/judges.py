@@ -42,6 +42,7 @@ class Group:
     row: dict[str, Any]  # the first of its RESPONSES rows: prompt, messages, answer, prompt_ids, id
     candidates: list[Candidate]
     identical: int = 0  # responses that were left out because their text was there already
+    empty: int = 0  # that were left out because they have no text
     scores: list[float] = field(default_factory=list)
     reason: str | None = None
 

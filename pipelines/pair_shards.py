@@ -23,7 +23,10 @@ def read_groups(shard: str, samples: int) -> list[Group]:
         rows.sort(key=lambda row: row["sample"])
         responses = [Candidate(r["sample"], r["text"], r["token_ids"], r["finish_reason"] == "stop") for r in rows]
         candidates = distinct(responses)
-        groups.append(Group(row_id, rows[0], candidates, len(responses) - len(candidates)))
+        empty = sum(not response.text.strip() for response in responses)
+        reason = None if candidates else "all responses are empty"
+        identical = len(responses) - empty - len(candidates)
+        groups.append(Group(row_id, rows[0], candidates, identical, empty, reason=reason))
     return groups
 
 
@@ -50,6 +53,7 @@ def write_pairs(
         "rows_out": len(records),
         "rows_quarantined": len(refused),
         "identical_responses": sum(group.identical for group in groups),
+        "empty_responses": sum(group.empty for group in groups),
     }
     record = {
         "first_row_id": first_row_id_of(name),

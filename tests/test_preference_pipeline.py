@@ -21,7 +21,7 @@ from alphatoken.errors import UserError
 from alphatoken.generate_config import GenerateConfig, PairConfig
 from alphatoken.mask_config import MaskConfig
 from alphatoken.pairing import Candidate
-from alphatoken.run_folder import differences
+from alphatoken.run_folder import RunFolder, differences
 from alphatoken.schema import BRANCHES
 from alphatoken.train_config import TrainConfig
 from pipelines import judges
@@ -31,6 +31,7 @@ from pipelines.generate import run_generate, write_responses
 from pipelines.llm_judge import ask_questions, pair_by_verdicts
 from pipelines.mask import run_mask
 from pipelines.pair import check_pair, run_pair
+from pipelines.pair_shards import read_groups, write_pairs
 from pipelines.poison import DIED
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -145,6 +146,23 @@ def pair(source, output, **changes):
     manifest = run_pair(config)
     assert dry_run(config)["state"] == "finished"
     return manifest, rows_of(output)
+
+
+def test_empty_responses_are_no_wrong_ones_and_no_identical_ones(generated, tmp_path):
+    rows = rows_of(generated[0].output)[:6]
+    for row, text in zip(rows, ["", " ", "", "same", "same ", ""], strict=True):
+        row["text"] = text
+    shard = str(tmp_path / "shard.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.RESPONSES), shard)
+    groups = read_groups(shard, 3)
+    assert [(group.reason, group.empty, group.identical) for group in groups] == [
+        ("all responses are empty", 3, 0), (None, 1, 1),
+    ]  # fmt: skip
+    config = PairConfig(input="i", output=str(tmp_path / "pairs"))
+    counts = write_pairs(shard, groups, config, 3, config.output, {})
+    assert counts["empty_responses"] == [4] and counts["identical_responses"] == [1]
+    [record] = RunFolder(config.output).commits()
+    assert record["reasons"] == {"all responses are empty": 1, "fewer than two different responses": 1}
 
 
 def test_own_verifier_that_raises_sets_its_prompt_aside(generated, tmp_path, monkeypatch):
