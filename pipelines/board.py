@@ -16,7 +16,7 @@ class Board:
     def __init__(self, done: dict[int, dict]) -> None:
         self._windows = dict(done)
         self._weights: dict[int, list] = {}  # step -> [reference]; in a list, so that Ray does not fetch it
-        self._failure: str | None = None
+        self._failure: Exception | None = None
         self._changed = asyncio.Condition()
 
     async def publish(self, step: int, reference: list) -> None:
@@ -56,15 +56,15 @@ class Board:
     async def is_finished(self, start: int) -> bool:
         return start in self._windows
 
-    async def fail(self, message: str) -> None:
+    async def fail(self, error: Exception) -> None:
         """Nobody waits for what will not come."""
         async with self._changed:
-            self._failure = message
+            self._failure = error
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure:
-            raise RuntimeError(self._failure)
+            raise self._failure
 
 
 def ask(call: Any) -> Any:

@@ -5,7 +5,6 @@ Runs in the scoring actor, on the model that it holds: few prompts do not pay fo
 """
 
 import os
-from collections import Counter
 
 import pyarrow as pa
 
@@ -22,9 +21,11 @@ from alphatoken.tokenizer import load_tokenizer
 from alphatoken.verifiers import load_verifier, score_response
 from pipelines.engines import sample_seed
 
+PAIRS = pa.schema([*schema.ENCODED_PAIRS, pa.field("row_index", pa.int64())])
+
 
 class PairGenerator:
-    """ENCODED_PROMPTS to ENCODED_PAIRS: at most one pair a prompt; the counts of the others go into the metadata."""
+    """ENCODED_PROMPTS to ENCODED_PAIRS: at most one pair a prompt."""
 
     def __init__(self, config: RoundsConfig, scoring: ScoringModel) -> None:
         self.config, self.scoring = config, scoring
@@ -35,22 +36,28 @@ class PairGenerator:
             temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=config.stop
         )
 
-    def __call__(self, prompts: pa.Table, step: int) -> pa.Table:
-        """Pairs of the prompts that give one, with their `row_index`; samples differ from step to step."""
+    def __call__(self, prompts: pa.Table, step: int) -> tuple[pa.Table, dict[int, str]]:
+        """(pairs of the prompts that give one, with their `row_index`; {row number: why there is none} of the others).
+
+        Samples differ from step to step.
+        """
         rows = prompts.to_pylist()
-        reasons: Counter[str] = Counter()
+        reasons: dict[int, str] = {}
         found = []
-        for row, samples in zip(rows, self._samples(rows, step), strict=True):
+        for number, (row, samples) in enumerate(zip(rows, self._samples(rows, step), strict=True)):
             try:
                 pair = self._pair(row, samples)
             except BadRowError as error:
-                reasons[str(error)] += 1
+                reasons[number] = str(error)
                 continue
             kept = {name: row[name] for name in ("row_id", "id", "prompt_ids", "row_index")}
             found.append(kept | pair | {"truncated": False})
-        columns = pa.schema([*schema.ENCODED_PAIRS, pa.field("row_index", pa.int64())])
-        table = pa.Table.from_pylist(found, schema=columns)
-        return table.replace_schema_metadata({f"no pair: {reason}": str(count) for reason, count in reasons.items()})
+        return pa.Table.from_pylist(found, schema=PAIRS), reasons
+
+    def lengths(self, prompts: pa.Table) -> list[int]:
+        """Positions that the responses to each prompt take at most, with it."""
+        longest = self.config.max_new_tokens
+        return [self.config.generate * (len(ids) + longest) for ids in prompts["prompt_ids"].to_pylist()]
 
     def _samples(self, rows: list[dict], step: int) -> list[list[Sample]]:
         count = self.config.generate

@@ -26,6 +26,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from alphatoken import storage
 from alphatoken.batching import split_evenly
+from alphatoken.errors import UserError
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.schedule import ALL_PLAIN, Schedule, Window
 from alphatoken.train_config import BY_LOSS, BY_VALUE
@@ -33,7 +34,7 @@ from pipelines.board import Board, ask
 from pipelines.cluster import SLOTS, check_gpus, torch_threads, user_errors
 from pipelines.live_trainer import Live
 from pipelines.train import Progress, Training, begin, finish, finished_manifest, fit
-from pipelines.window_files import finished_windows, write_window
+from pipelines.window_files import check_pairs, finished_windows, warn_without_pairs, window_reasons, write_window
 from pipelines.window_scorer import WindowScorer, combine
 
 NEVER = 10**9  # a step that no run reaches
@@ -56,6 +57,8 @@ def run_rounds(config: RoundsConfig, progress: Progress | None = None) -> dict:
     schedule = make_schedule(training)
     warn_of_nothing(config, schedule)
     done = finished_windows(training.output, schedule)
+    if config.generate:
+        check_pairs(done, schedule)
     board = Board.remote(done)  # type: ignore[attr-defined]
     with user_errors(), valuing_windows(training, schedule, board, done) as stages:
         result = fit(training, progress, Live(board, schedule))
@@ -116,7 +119,8 @@ def valuing_windows(
                 _with_retries(_value_window, training, schedule, window, board, actors, lengths, seconds)
         except BaseException as error:  # the trainer must not wait for ever; raised again below
             failure.append(error)
-            ask(board.fail.remote(f"valuing a window failed: {error}"))
+            known = isinstance(error, UserError)  # the trainer need not try again
+            ask(board.fail.remote(error if known else RuntimeError(f"valuing a window failed: {error}")))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -148,7 +152,8 @@ def _value_window(
             rows, _ = schedule.rows_of(window)
             parts = [rows[part] for part in split_evenly(lengths[rows], len(actors))]
             busy = [(actor, part) for actor, part in zip(actors, parts, strict=True) if len(part)]
-            tables = _wait([actor.read.remote(snapshot, part) for actor, part in busy])
+            read = [actor.read.options(num_returns=2).remote(snapshot, part) for actor, part in busy]
+            tables, refused = _wait([table for table, _ in read]), [aside for _, aside in read]
         known: list[ray.ObjectRef] = []
         if not schedule.is_plain(window):
             with _timed(seconds, "direction"):
@@ -157,12 +162,15 @@ def _value_window(
                 pairs = zip(busy, tables, strict=True)
                 tables = _wait([actor.score.remote(snapshot, direction, drift, table) for (actor, _), table in pairs])
         with _timed(seconds, "mask"):
-            config, output = training.config, training.output
-            summary = ask(write_window.remote(config, schedule, window, step, output, tables, known))
+            config, output = cast(RoundsConfig, training.config), training.output
+            summary = ask(write_window.remote(config, schedule, window, step, output, tables, refused, known))
     except RayError as error:
         if isinstance(_root(error), ObjectLostError):
             ask(board.forget.remote(step))  # the trainer that owned them has died; its successor gives new ones
         raise
+    if config.generate:
+        warn_without_pairs(window, summary)
+        check_pairs(finished_windows(output, schedule), schedule)
     ask(board.finish.remote(window.start, summary))
 
 
@@ -244,15 +252,19 @@ def _logical_cpus(config: RoundsConfig) -> int:
 def _summary(schedule: Schedule, windows: dict[int, dict], stages: dict[str, float], trainer: dict) -> dict:
     """What the manifest says of the rounds."""
     found = list(windows.values())
+    valued = [windows[window.start]["counts"] for window in schedule.windows if not schedule.is_plain(window)]
     seconds = stages | {f"trainer_{name}": value for name, value in trainer.items()}
     response = sum(window["counts"]["response_tokens"] for window in found)
     kept = sum(window["counts"]["kept_tokens"] for window in found)
     return {
         "windows": len(schedule.windows),
         "oldest_values": max((window["oldest_values"] for window in found), default=0),
-        "rows_valued": sum(window["counts"]["rows_in"] for window in found),
+        "rows_valued": sum(counts["rows_in"] - counts["rows_quarantined"] for counts in valued),
+        "rows_in": sum(window["counts"]["rows_in"] for window in found),
+        "rows_out": sum(window["counts"]["rows_out"] for window in found),
         "rows_quarantined": sum(window["counts"]["rows_quarantined"] for window in found),
         "rows_dropped_sequences": sum(window["counts"]["rows_dropped_sequences"] for window in found),
+        "quarantine_reasons": window_reasons(windows),
         "kept_fraction": round(kept / response, 6) if response else 1.0,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from alphatoken import direction as directions
-from alphatoken import schema
+from alphatoken import schema, storage
 from alphatoken.baselines import Baseline
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, default_device, load_model
@@ -29,7 +29,7 @@ from pipelines import metrics
 from pipelines.cluster import MANY_DEATHS, prepare_worker
 from pipelines.encode import ENCODED_AS
 from pipelines.live_values import gradient_options, load_fisher, validation_batches
-from pipelines.pair_generator import PairGenerator
+from pipelines.pair_generator import PAIRS, PairGenerator
 from pipelines.poison import Attempt, Scored
 from pipelines.shards import num_tokens
 from pipelines.train_data import load_rows
@@ -90,13 +90,26 @@ class WindowScorer:
         self._load(snapshot)
         return validation_losses(self.scoring, self.validation, self.class_of)
 
-    def read(self, snapshot: Snapshot, indices: np.ndarray) -> pa.Table:
-        """Encoded rows with their index in the data as `row_index`: from the data, or pairs generated just now."""
+    def read(self, snapshot: Snapshot, indices: np.ndarray) -> tuple[pa.Table, pa.Table]:
+        """(encoded rows with their index in the data as `row_index`, from the data or pairs generated just now;
+        QUARANTINE of the prompts without a pair).
+        """
         table = pa.table(self.rows[indices.tolist()]).append_column("row_index", pa.array(indices, pa.int64()))
         if self.generator is None:
-            return table
+            return table, schema.QUARANTINE.empty_table()
         self._load(snapshot)
-        return self.generator(table, snapshot.step)
+        return self._generate(table, self.generator, snapshot.step)
+
+    def _generate(self, prompts: pa.Table, generator: PairGenerator, step: int) -> tuple[pa.Table, pa.Table]:
+        attempt = Attempt(self.output, prompts, self.config.batch_tokens, generator.lengths(prompts))
+        pairs = [PAIRS.empty_table()]
+        reasons: dict[int, str] = {}
+        for part in attempt.parts():
+            found, refused = generator(prompts.take(part), step)
+            pairs.append(found)
+            reasons |= {part[number]: reason for number, reason in refused.items()}
+        attempt.end()
+        return pa.concat_tables(pairs), self._put_aside(prompts, reasons | attempt.deadly, "generate")
 
     def score(
         self,
@@ -119,7 +132,17 @@ class WindowScorer:
         metrics.count_shard(self.config.stage, {"counts": {"tokens": num_tokens(table)}, "seconds": seconds})
         good = np.ones(scored.num_rows, dtype=bool)
         good[list(failures)] = False
-        return scored.filter(pa.array(good)), _put_aside(scored, failures)
+        return scored.filter(pa.array(good)), self._put_aside(scored, failures, "score")
+
+    def _put_aside(self, table: pa.Table, failures: dict[int, str], stage: str) -> pa.Table:
+        """QUARANTINE of the failed rows, which come from the run's encoded rows."""
+        source = storage.join(self.output, "encoded")
+        rows = [
+            {"row_id": row["row_id"], "id": row["id"], "position": row["row_index"], "reason": failures[number]}
+            for number, row in enumerate(table.select(["row_id", "id", "row_index"]).to_pylist())
+            if number in failures
+        ]
+        return pa.Table.from_pylist([row | {"source": source, "stage": stage} for row in rows], schema.QUARANTINE)
 
     def _score(self, table: pa.Table, estimator: Any) -> Scored:
         tokens = self.config.batch_tokens
@@ -172,12 +195,3 @@ def combine(
                 drift[name] = drift[name] * scale
         total[name] = mean
     return total, drift
-
-
-def _put_aside(table: pa.Table, failures: dict[int, str]) -> pa.Table:
-    """QUARANTINE of the failed rows; where they come from, `write_window` says."""
-    rows = [
-        {"row_id": table["row_id"][i].as_py(), "id": table["id"][i].as_py(), "position": i, "reason": reason}
-        for i, reason in sorted(failures.items())
-    ]
-    return pa.Table.from_pylist([row | {"source": "", "stage": "score"} for row in rows], schema=schema.QUARANTINE)

@@ -10,6 +10,14 @@ def shortest(response: str, answer: str) -> float:
     return -float(len(response))
 
 
+def shortest_but_of_apples(response: str, answer: str) -> float:
+    return 0.0 if answer == "apples" else -float(len(response))
+
+
+def undecided(response: str, answer: str) -> float:
+    return 0.0
+
+
 def deadly(response: str, answer: str) -> float:
     if "boom" in answer:
         os.kill(os.getpid(), signal.SIGKILL)

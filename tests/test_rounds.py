@@ -15,6 +15,7 @@ from alphatoken import storage
 from alphatoken.baselines import forward_losses
 from alphatoken.batching import make_batch
 from alphatoken.direction import GradientOptions, mean_gradient
+from alphatoken.errors import UserError
 from alphatoken.exact import Exact
 from alphatoken.losses import dpo_omega
 from alphatoken.model import load_model
@@ -136,9 +137,7 @@ def test_suspect_tokens_and_rows_are_left_out(local_ray, tmp_path, inputs, rule,
     assert dropped == manifest["rounds"]["rows_dropped_sequences"] > 0 and table.num_rows == 8 - dropped
     stays = {row["row_index"]: row for row in table.to_pylist()}
     encoded = storage.read_table(storage.list_shards(f"{config.output}/encoded")[0]).to_pylist()
-    rows, _ = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30))).rows_of(
-        Window(2, 4, 2)
-    )
+    rows, _ = make_schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_rows=30))).rows_of(Window(2, 4, 2))
     batches = [make_batch([encoded[i]["input_ids"]], [encoded[i]["response_mask"]]) for i in rows.tolist()]
     found = [estimator(batch) for batch in batches]
     judged = [token_losses(batch, -values.logprobs, class_of) for batch, values in zip(batches, found, strict=True)]
@@ -250,18 +249,23 @@ def test_dpo(local_ray, tmp_path, inputs):
             assert (torch.tensor(row[f"{name}_adaptation"]) - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
+def generating(inputs: dict, folder: Path, verifier: str, **changes) -> RoundsConfig:
+    """A run on pairs of its own, from a prompt for each of WORDS."""
+    prompts = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{word} is", "answer": word}) for word in WORDS]
+    prompts.write_text("\n".join(lines) + "\n")
+    settings = {"stop": ["e", " "], "max_new_tokens": 24, "max_steps": 6, "plain_steps": 3, "per_device_batch_size": 2}
+    return config_of(
+        inputs | {"data": [str(prompts)]}, folder / "out", objective="dpo", generate=3,
+        verifier=f"tests.own_verifier:{verifier}", **(settings | changes),
+    )  # fmt: skip
+
+
 @pytest.mark.full
 @pytest.mark.slow
 def test_dpo_on_pairs_generated_for_each_window(local_ray, tmp_path, inputs):
     """Plain windows too: from the first step on, pairs are those of the weights of the moment."""
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"prompt": f"{word} is", "answer": word}) for word in WORDS]
-    prompts.write_text("\n".join(lines) + "\n")
-    config = config_of(
-        inputs | {"data": [str(prompts)]}, tmp_path / "out", objective="dpo", generate=3,
-        verifier="tests.own_verifier:shortest", stop=["e", " "],
-        max_new_tokens=24, max_steps=6, plain_steps=3, per_device_batch_size=2,
-    )  # fmt: skip
+    config = generating(inputs, tmp_path, "shortest")
     manifest = run_rounds(config)
     windows = windows_of(config.output)
     assert manifest["rounds"]["windows"] == len(windows) == 2
@@ -269,3 +273,30 @@ def test_dpo_on_pairs_generated_for_each_window(local_ray, tmp_path, inputs):
     plain, valued = (table for _, table in windows)
     assert plain.num_rows and all(all(mask) for mask in plain["chosen_mask"].to_pylist())
     assert "chosen_adaptation" in valued.column_names and "chosen_adaptation" not in plain.column_names
+
+
+@pytest.mark.slow
+def test_prompts_without_a_pair_are_counted_and_put_aside(local_ray, tmp_path, inputs):
+    config = generating(inputs, tmp_path, "shortest_but_of_apples", max_steps=7, plain_steps=4, refresh_every=4)
+    rounds = run_rounds(config)["rounds"]
+    assert rounds["rows_in"] == len(WORDS) == rounds["rows_out"] + rounds["rows_quarantined"]
+    tables = [storage.read_table(str(path)) for path in Path(config.output).rglob("windows/*/quarantine-*")]
+    aside = {row["position"]: row for table in tables for row in table.to_pylist()}
+    assert len(aside) == rounds["rows_quarantined"] == sum(rounds["quarantine_reasons"].values())
+    found = aside[WORDS.index("apples")]
+    assert found["stage"] == "generate"
+    assert found["reason"] in ("all responses have the same score (0)", "fewer than two different responses")
+    assert found["source"] == f"{config.output}/encoded" and found["id"] == "prompts.jsonl:5"
+    for summary, rows in windows_of(config.output):
+        counts = summary["counts"]
+        assert counts["rows_out"] == rows.num_rows == counts["rows_in"] - counts["rows_quarantined"]
+
+
+@pytest.mark.slow
+def test_a_run_without_any_pair_fails(local_ray, tmp_path, inputs, caplog):
+    config = generating(inputs, tmp_path, "undecided", preconditioner="none")
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(UserError, match=r"no prompt gave a pair in any step.* \d+ x all responses have the same"):
+            run_rounds(config)
+    assert not storage.exists(f"{config.output}/manifest.json")
+    assert "steps 1 to 3 train on nothing, since none of their 6 prompts gave a pair: " in caplog.text

@@ -17,7 +17,7 @@ from pipelines.poison import DIED
 from pipelines.rounds import run_rounds
 from pipelines.window_files import window_folder
 from tests.faults.deadly import DEADLY_SAMPLE, DeadlyWindowScorer
-from tests.rounds_runs import config_of, losses_of, make_inputs, use_one_thread, windows_of
+from tests.rounds_runs import WORDS, config_of, losses_of, make_inputs, use_one_thread, windows_of
 from tests.test_train_pipeline import wait_until_gone, workers_of
 
 
@@ -91,6 +91,21 @@ def test_a_row_that_kills_the_scoring_actor_is_put_aside(local_ray, tmp_path, in
     for summary, rows in windows_of(config.output):
         assert DEADLY_SAMPLE not in rows["row_id"].to_pylist()
         assert summary["counts"]["rows_in"] == summary["counts"]["rows_out"] + summary["counts"]["rows_quarantined"]
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_prompt_that_kills_the_verifier_is_put_aside(local_ray, tmp_path, inputs):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{word} is", "answer": "boom" if word == "four" else word}) for word in WORDS]
+    prompts.write_text("\n".join(lines) + "\n")
+    config = config_of(
+        inputs | {"data": [str(prompts)]}, tmp_path / "out", objective="dpo", generate=3, rule="none", max_steps=4,
+        verifier="tests.own_verifier:deadly", stop=["e", " "], max_new_tokens=24,
+    )  # fmt: skip
+    rounds = run_rounds(config)["rounds"]
+    assert rounds["rows_out"] and rounds["rows_in"] == len(WORDS) == rounds["rows_out"] + rounds["rows_quarantined"]
+    assert rounds["quarantine_reasons"][f"{DIED}, 4 times"] == 1
 
 
 @pytest.mark.full
