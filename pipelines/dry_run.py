@@ -35,7 +35,7 @@ from pipelines.engines import choose_engine
 from pipelines.fisher import ANY_LENGTH, check_fisher, fisher_run
 from pipelines.generate import check_generate, generate_identity
 from pipelines.generate import input_fingerprints as generate_fingerprints
-from pipelines.live_values import data_options
+from pipelines.live_values import data_options, longest_prompt
 from pipelines.pair import check_pair
 from pipelines.rounds import check_room, make_schedule
 from pipelines.score import check_inputs, input_fingerprints, score_identity
@@ -220,7 +220,7 @@ def _training_files(config: TrainConfig) -> tuple[Facts, int | None]:
     options = data_options(config)
     if config.data_kind == "prompts":
         encoder = make_encoder(config.model, options, config.trust_remote_code)
-        encode = _prompts(PromptReader(encoder, options.max_length - getattr(config, "max_new_tokens", 0)))
+        encode = _prompts(PromptReader(encoder, longest_prompt(config)))
     else:
         encode = sequence_encoder(config.model, options, config.trust_remote_code, config.data_kind == "pairs")
     found = _survey(plan_units(config.data), encode)

@@ -84,6 +84,7 @@ def _check_data(config: TrainConfig, options: DataOptions, tokenizer: Any) -> No
         check_pair_source(units, options)
     else:
         check_prompt_source(units, config.columns)
+        longest_prompt(config)
 
 
 def encode_data(config: TrainConfig, output: str) -> dict:
@@ -91,9 +92,20 @@ def encode_data(config: TrainConfig, output: str) -> dict:
     options = data_options(config)
     plan = EncodePlan(config.model, config.trust_remote_code, options, kind=config.data_kind)
     if config.data_kind == "prompts":
-        assert isinstance(config, RoundsConfig)
-        plan = replace(plan, longest_prompt=options.max_length - config.max_new_tokens)
+        plan = replace(plan, longest_prompt=longest_prompt(config))
     return encode_folder(plan_units(config.data), plan, output)
+
+
+def longest_prompt(config: TrainConfig) -> int:
+    """In tokens, so that a response fits behind it. UserError where none would."""
+    assert isinstance(config, RoundsConfig)
+    context = make_encoder(config.model, data_options(config), config.trust_remote_code).options.max_length
+    if config.max_new_tokens >= context:
+        raise UserError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: prompt and response have {context} "
+            "tokens together (--max-length, or what the model can hold); give fewer"
+        )
+    return context - config.max_new_tokens
 
 
 def validation_batches(config: TrainConfig, device: torch.device, part: int = 0, parts: int = 1) -> list[Batch]:
@@ -132,12 +144,9 @@ def load_fisher(config: TrainConfig, device: torch.device) -> tuple[directions.T
     file = tensor_file.load(config.fisher, "fisher")
     name = config.reference_model or config.model
     reference: ScoringModel = load_model(name, "float32", torch.device("cpu"), config.trust_remote_code)
-    tensor_file.check_matches(
-        file.provenance, config.fisher, fingerprint(reference.model), config.scored_parameters
-    )
+    tensor_file.check_matches(file.provenance, config.fisher, fingerprint(reference.model), config.scored_parameters)
     weights = {
         name: parameter.detach().to(device)
         for name, parameter in scored_parameters(reference.model, config.scored_parameters).items()
     }
     return {name: tensor.to(device) for name, tensor in file.group("fisher").items()}, weights
-

@@ -12,6 +12,7 @@ from alphatoken import schema
 from alphatoken.batching import plan_batches
 from alphatoken.errors import BadRowError
 from alphatoken.evaluation import stop_ids
+from alphatoken.failed_batches import check_set_up, reason_of, with_halves
 from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import ScoringModel
 from alphatoken.pairing import Candidate, best_against_worst, distinct
@@ -44,7 +45,7 @@ class PairGenerator:
         rows = prompts.to_pylist()
         reasons: dict[int, str] = {}
         found = []
-        for number, (row, samples) in enumerate(zip(rows, self._samples(rows, step), strict=True)):
+        for number, (row, samples) in enumerate(zip(rows, self._answers(rows, step), strict=True)):
             try:
                 pair = self._pair(row, samples)
             except BadRowError as error:
@@ -59,20 +60,38 @@ class PairGenerator:
         longest = self.config.max_new_tokens
         return [self.config.generate * (len(ids) + longest) for ids in prompts["prompt_ids"].to_pylist()]
 
-    def _samples(self, rows: list[dict], step: int) -> list[list[Sample]]:
+    def _answers(self, rows: list[dict], step: int) -> list[list[Sample] | str]:
+        """The samples of each prompt, or why there are none."""
         count = self.config.generate
         prompts = [row["prompt_ids"] for row in rows for _ in range(count)]
         seeds = [sample_seed(self.config.seed + step, row["row_id"], n) for row in rows for n in range(count)]
         drawn: dict[int, Sample] = {}
+        errors: dict[int, Exception] = {}
         lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
-        for group in plan_batches(lengths, self.config.batch_tokens):
-            mine = [prompts[i] for i in group], [seeds[i] for i in group]
-            samples = draw_samples(self.scoring, self.tokenizer, *mine, self.options, self.ends)
-            drawn |= dict(zip(group, samples, strict=True))
-        return [[drawn[first + n] for n in range(count)] for first in range(0, len(prompts), count)]
 
-    def _pair(self, row: dict, samples: list[Sample]) -> dict:
+        def draw(group: list[int]) -> list[Sample]:
+            mine = [prompts[i] for i in group], [seeds[i] for i in group]
+            return draw_samples(self.scoring, self.tokenizer, *mine, self.options, self.ends)
+
+        for group in plan_batches(lengths, self.config.batch_tokens):
+            for part, samples in with_halves(draw, group, errors):
+                drawn |= dict(zip(part, samples, strict=True))
+        if not drawn:
+            check_set_up(errors)
+        answers: list[list[Sample] | str] = []
+        for first in range(0, len(prompts), count):
+            mine = range(first, first + count)
+            failed = next((i for i in mine if i in errors), None)
+            if failed is None:
+                answers.append([drawn[i] for i in mine])
+            else:
+                answers.append(f"no response could be generated: {reason_of(errors[failed], lengths[failed])}")
+        return answers
+
+    def _pair(self, row: dict, samples: list[Sample] | str) -> dict:
         """Raises BadRowError with the reason why there is no pair."""
+        if isinstance(samples, str):
+            raise BadRowError(samples)
         candidates = distinct(
             [Candidate(n, s.text, s.token_ids, s.finish_reason == "stop") for n, s in enumerate(samples)]
         )

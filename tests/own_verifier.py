@@ -14,6 +14,10 @@ def shortest_but_of_apples(response: str, answer: str) -> float:
     return 0.0 if answer == "apples" else -float(len(response))
 
 
+def last_digits(response: str, answer: str) -> float:
+    return float(response[-6:])
+
+
 def undecided(response: str, answer: str) -> float:
     return 0.0
 

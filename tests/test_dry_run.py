@@ -16,7 +16,7 @@ from jobs import cli, main
 from pipelines import dry_run
 from pipelines.direction_identity import direction_run
 from pipelines.fisher import fisher_run
-from tests.masked_folder import pair_rows, sft_rows, write_masked
+from tests.masked_folder import pair_rows, sft_rows, write_masked, write_model
 
 REFERENCE = {f"ref_{side}_logps": -1.0 for side in schema.BRANCHES}
 
@@ -126,6 +126,18 @@ def test_tokens_are_those_of_the_plan(commands, tiny_checkpoint, files, tmp_path
     assert found["tokens"] == pytest.approx(sum(len(row.input_ids) for row in rows), abs=1)
     assert found["response_tokens"] == pytest.approx(sum(sum(row.response_mask) for row in rows), abs=1)
     assert len(found["reasons"]) == 1 and found["reasons"][0].startswith("1 x ")
+
+
+def test_rounds_leave_room_for_prompts_in_models_with_learned_positions(files, tmp_path, capsys):
+    model = write_model(tmp_path / "gpt2", architecture="gpt2")  # 256 positions
+    command = ["rounds", "--objective", "dpo", "--generate", "2", "--model", model, "--data", files["rows"]]
+    command += ["--validation", files["rows"], "--output", str(tmp_path / "out"), "--max-new-tokens"]
+    code, found, stderr = outcome([*command, "200"], capsys)
+    assert code == 0 and found["rows"] == 9, stderr
+    code, found, stderr = outcome([*command, "255"], capsys)
+    assert code == 2 and "from 1 to 1 leave room for the response" in stderr
+    code, _, stderr = outcome([*command, "256"], capsys)
+    assert code == 2 and "--max-new-tokens 256 leaves no room for a prompt" in stderr and "have 256 tokens" in stderr
 
 
 def test_an_adapter_can_be_scored(commands, tiny_checkpoint, tmp_path, capsys):

@@ -4,14 +4,17 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from masked_folder import write_model
 from transformers import GenerationConfig
 
+from alphatoken import schema
 from alphatoken.errors import UserError
 from alphatoken.generate_config import EngineOptions
 from alphatoken.model import load_model
 from alphatoken.rounds_config import RoundsConfig
+from alphatoken.sampling import Sample
 from pipelines import engines
 from pipelines.pair_generator import PairGenerator
 
@@ -75,3 +78,38 @@ def test_rounds_know_every_end_of_turn_that_generate_knows(tmp_path):
     )
     ends = PairGenerator(config, load_model(model)).ends
     assert {5, 9} < ends == set(engines.end_ids(model, False))
+
+
+def prompts_for_pairs(count: int) -> pa.Table:
+    rows = [
+        {"row_id": n, "id": f"p{n}", "prompt_ids": [20 + n] * (n + 1), "answer": "4", "truncated": False}
+        for n in range(count)
+    ]
+    table = pa.Table.from_pylist(rows, schema=schema.ENCODED_PROMPTS)
+    return table.append_column("row_index", pa.array(range(count), pa.int64()))
+
+
+@pytest.mark.parametrize("error, said", [(MemoryError(), "out of memory"), (IndexError("oh"), "IndexError: oh")])
+def test_a_prompt_that_cannot_be_answered_is_put_aside(tmp_path, monkeypatch, error, said):
+    """Alone: the others of its batch are answered."""
+    longest = 3
+
+    def draw(scoring, tokenizer, prompts, seeds, options, ends):
+        if any(len(prompt) == longest for prompt in prompts):
+            raise error
+        return [Sample([7], f"{seed}", None, "stop") for seed in seeds]
+
+    monkeypatch.setattr("pipelines.pair_generator.draw_samples", draw)
+    model = write_model(tmp_path / "model")
+    config = RoundsConfig(
+        data=["d"], model=model, output="o", validation=["v"], objective="dpo", generate=2, rule="none",
+        verifier="tests.own_verifier:last_digits",
+    )  # fmt: skip
+    generator = PairGenerator(config, load_model(model))
+    pairs, reasons = generator(prompts_for_pairs(4), 0)
+    assert pairs["row_index"].to_pylist() == [0, 1, 3]
+    assert list(reasons) == [2] and reasons[2].startswith("no response could be generated: ") and said in reasons[2]
+    longest = 1
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        error = RuntimeError("CUDA error: an illegal memory access was encountered")
+        generator(prompts_for_pairs(4), 0)
