@@ -30,6 +30,13 @@ def _no_empty_text(stop: list[str]) -> list[str]:
 Stops = Annotated[list[str], AfterValidator(_no_empty_text)]
 
 
+def check_verifier(value: str) -> str:
+    """Of the name alone: whether it can be loaded, its stage finds out."""
+    if value not in ("number", "exact", "math") and not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise ValueError("give number, exact, math, or a function as module:function")
+    return value
+
+
 class EngineOptions(BaseModel):
     """What runs the model that generates."""
 
@@ -141,12 +148,7 @@ class PairConfig(StageConfig, EngineOptions):
             raise ValueError(f"there is no such judge; choose one of {', '.join(JUDGES)}")
         return value
 
-    @field_validator("verifier")
-    @classmethod
-    def _verifier_name(cls, value: str) -> str:
-        if value not in ("number", "exact", "math") and not re.fullmatch(r"[\w.]+:[\w.]+", value):
-            raise ValueError("give number, exact, math, or a function as module:function")
-        return value
+    _verifier_name = field_validator("verifier")(check_verifier)
 
     @model_validator(mode="after")
     def _judge_has_a_model(self) -> "PairConfig":

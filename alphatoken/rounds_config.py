@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alphatoken.config import Dtype, check_decoder_weights
-from alphatoken.generate_config import Stops
+from alphatoken.generate_config import Stops, check_verifier
 from alphatoken.targets import one_target
 from alphatoken.train_config import BY_VALUE, TrainConfig
 
@@ -50,6 +50,8 @@ class RoundsConfig(TrainConfig):
     cpus_per_actor: float = Field(1, gt=0, description="logical CPUs that each scoring actor reserves")
     score_dtype: Dtype | Literal["auto"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
     batch_tokens: int = Field(4096, ge=16, description="computed positions per scoring batch, padding included")
+
+    _verifier_name = field_validator("verifier")(check_verifier)
 
     @model_validator(mode="before")
     @classmethod

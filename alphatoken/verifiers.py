@@ -10,6 +10,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from alphatoken.errors import BadRowError, UserError, first_line
 from alphatoken.evaluation_rows import VERIFIERS
@@ -22,6 +23,16 @@ def load_verifier(name: str, folder: str) -> Verify:
     if name in VERIFIERS:
         return _agreeing(VERIFIERS[name])
     return _math_verify() if name == "math" else _own(name, folder)
+
+
+def verifier_source(name: str, folder: str) -> str | None:
+    """The text of the module that `name` gives, to know a run by; None for the verifiers that come with us.
+
+    Raises UserError as `load_verifier` does.
+    """
+    load_verifier(name, folder)
+    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return Path(path).read_bytes().decode(errors="replace") if ":" in name and path else None
 
 
 def score_response(verify: Verify, response: str, answer: str) -> float:

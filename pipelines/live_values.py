@@ -1,12 +1,14 @@
 """What in-run training and rounds need beside the model: checked before anything starts, then loaded by each worker."""
 
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from alphatoken import direction as directions
+from alphatoken import manifest as manifests
 from alphatoken import tensor_file, token_classes
 from alphatoken.architecture import scored_parameters
 from alphatoken.batching import Batch, make_batch, plan_batches
@@ -23,6 +25,7 @@ from alphatoken.sources import data_fingerprint, plan_units
 from alphatoken.suspects import FEW_ROWS, FEW_ROWS_WARNING
 from alphatoken.tokenizer import load_config, load_tokenizer
 from alphatoken.train_config import BY_LOSS, BY_VALUE, TrainConfig
+from alphatoken.verifiers import verifier_source
 from pipelines.direction import class_weight_table
 from pipelines.encode import EncodePlan, good_rows
 from pipelines.encode_folder import encode_folder
@@ -50,6 +53,9 @@ def check_live(config: TrainConfig) -> dict:
     _check_layers(config)
     _warn_of_few_rows(config)
     found: dict[str, Any] = {"validation": data_fingerprint(config.validation)}
+    if isinstance(config, RoundsConfig) and config.generate:
+        text = verifier_source(config.verifier, os.getcwd())
+        found |= {"verifier": manifests.fingerprint(text)} if text else {}
     if config.fisher:
         provenance = tensor_file.read_provenance(config.fisher, "fisher")
         if provenance.parameters != config.scored_parameters:

@@ -4,13 +4,11 @@ One Ray task per shard, one output shard per input shard, under the same name; a
 actors, one that is an LLM behind an engine. Prompts without a pair are set aside with the reason, and counted.
 """
 
-import inspect
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray.data
@@ -23,7 +21,7 @@ from alphatoken.errors import UserError
 from alphatoken.generate_config import PairConfig
 from alphatoken.run_folder import RunFolder, manifest_of
 from alphatoken.tokenizer import load_tokenizer
-from alphatoken.verifiers import load_verifier
+from alphatoken.verifiers import verifier_source
 from pipelines import judges, metrics
 from pipelines.cluster import actor_pool, connect, torch_threads, user_errors
 from pipelines.engines import choose_engine, engine_room
@@ -88,9 +86,7 @@ def check_pair(config: PairConfig) -> tuple[dict, dict]:
 def _check_judge(config: PairConfig) -> str | None:
     """What the user has written to judge by: the module of a verifier, or a template. UserError where it is no use."""
     if config.judge == "verifier":
-        verify = load_verifier(config.verifier, os.getcwd())
-        source = inspect.getsourcefile(verify) if ":" in config.verifier and inspect.isfunction(verify) else None
-        return Path(source).read_text() if source else None
+        return verifier_source(config.verifier, os.getcwd())
     elif config.judge == "reward-model":
         judges.check_reward_model(config)
     elif config.judge == "vllm-judge":

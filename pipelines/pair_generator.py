@@ -4,8 +4,6 @@ Runs in the scoring actor, on the model that it holds: few prompts do not pay fo
 `alphatoken generate` and `alphatoken pair` do the same for a whole data set, with vLLM.
 """
 
-import os
-
 import pyarrow as pa
 
 from alphatoken import schema
@@ -28,9 +26,10 @@ PAIRS = pa.schema([*schema.ENCODED_PAIRS, pa.field("row_index", pa.int64())])
 class PairGenerator:
     """ENCODED_PROMPTS to ENCODED_PAIRS: at most one pair a prompt."""
 
-    def __init__(self, config: RoundsConfig, scoring: ScoringModel) -> None:
+    def __init__(self, config: RoundsConfig, scoring: ScoringModel, folder: str) -> None:
+        """folder: where the user's own verifier is looked for."""
         self.config, self.scoring = config, scoring
-        self.verify = load_verifier(config.verifier, os.getcwd())
+        self.verify = load_verifier(config.verifier, folder)
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.ends = stop_ids(scoring, self.tokenizer)
         self.options = SamplingOptions(

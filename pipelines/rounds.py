@@ -13,6 +13,7 @@ through Ray's object store. Masked windows and checkpoints stay on disk: the sam
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -220,7 +221,7 @@ def _start_actors(training: Training) -> list:
     actors = [
         cast(Any, WindowScorer)
         .options(**options)
-        .remote(config, training.plan.shards, part, count, threads, training.output)
+        .remote(config, training.plan.shards, part, count, threads, training.output, os.getcwd())
         for part in range(count)
     ]
     ray.get([actor.ready.remote() for actor in actors])  # what is wrong with them is known before training starts

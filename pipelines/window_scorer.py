@@ -51,9 +51,11 @@ class WindowScorer:
     """One of `parts` actors; it holds every parts-th validation row."""
 
     def __init__(
-        self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int, output: str
+        self, config: RoundsConfig, shards: list[str], part: int, parts: int, threads: int, output: str, folder: str
     ) -> None:
-        """output: the run's folder, where it notes what it is about to compute (pipelines/poison.py)."""
+        """output: the run's folder, where it notes what it is about to compute (pipelines/poison.py); folder: where
+        the run was started.
+        """
         prepare_worker(threads)
         datasets.disable_progress_bars()
         self.config, self.output = config, output
@@ -72,7 +74,7 @@ class WindowScorer:
         if config.objective == "dpo":
             name = config.reference_model or config.model
             self.policy_reference = load_model(name, config.score_dtype, self.device, config.trust_remote_code)
-        self.generator = PairGenerator(config, self.scoring) if config.generate else None
+        self.generator = PairGenerator(config, self.scoring, folder) if config.generate else None
         self.step: int | None = None
 
     def ready(self) -> None:

@@ -10,12 +10,16 @@ import ray
 
 from alphatoken import schema, storage, tensor_file
 from alphatoken.config import DirectionConfig, ScoreConfig
+from alphatoken.errors import UserError
 from alphatoken.fisher_config import FisherConfig
+from alphatoken.rounds_config import RoundsConfig
 from alphatoken.run_folder import UNKNOWN, RunFolder
 from jobs import cli, main
 from pipelines import dry_run
 from pipelines.direction_identity import direction_run
 from pipelines.fisher import fisher_run
+from pipelines.train import train_identity
+from pipelines.train_checks import check_train
 from tests.masked_folder import pair_rows, sft_rows, write_masked, write_model
 
 REFERENCE = {f"ref_{side}_logps": -1.0 for side in schema.BRANCHES}
@@ -138,6 +142,23 @@ def test_rounds_leave_room_for_prompts_in_models_with_learned_positions(files, t
     assert code == 2 and "from 1 to 1 leave room for the response" in stderr
     code, _, stderr = outcome([*command, "256"], capsys)
     assert code == 2 and "--max-new-tokens 256 leaves no room for a prompt" in stderr and "have 256 tokens" in stderr
+
+
+def test_rounds_know_their_verifier(files, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    """By its name, and a run by the text of its module."""
+    monkeypatch.chdir(tmp_path)
+    Path("checks_of_rounds.py").write_text("def f(response, answer): return 1.0\n")
+    settings = {"model": tiny_checkpoint, "data": files["rows"], "validation": [files["rows"]], "output": "out"}
+    config = RoundsConfig(**settings, objective="dpo", generate=2, verifier="checks_of_rounds:f")
+    folder = RunFolder(str(tmp_path / "out"))
+    folder.open(train_identity(config, check_train(config)))
+    (tmp_path / "out" / "checkpoints").mkdir()
+    assert dry_run.dry_run(config)["state"] == "resume"
+    Path("checks_of_rounds.py").write_text("def f(response, answer): return 0.0\n")
+    with pytest.raises(UserError, match="different run.*verifier"):
+        dry_run.dry_run(config)
+    with pytest.raises(UserError, match="--verifier nosuch:f: No module named 'nosuch'"):
+        dry_run.dry_run(config.model_copy(update={"verifier": "nosuch:f", "output": "other"}))
 
 
 def test_an_adapter_can_be_scored(commands, tiny_checkpoint, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_rounds_know_every_end_of_turn_that_generate_knows(tmp_path):
     config = RoundsConfig(
         data=["d"], model=model, output="o", validation=["v"], objective="dpo", generate=2, rule="none"
     )
-    ends = PairGenerator(config, load_model(model)).ends
+    ends = PairGenerator(config, load_model(model), "").ends
     assert {5, 9} < ends == set(engines.end_ids(model, False))
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_that_cannot_be_answered_is_put_aside(tmp_path, monkeypatch, er
         data=["d"], model=model, output="o", validation=["v"], objective="dpo", generate=2, rule="none",
         verifier="tests.own_verifier:last_digits",
     )  # fmt: skip
-    generator = PairGenerator(config, load_model(model))
+    generator = PairGenerator(config, load_model(model), "")
     pairs, reasons = generator(prompts_for_pairs(4), 0)
     assert pairs["row_index"].to_pylist() == [0, 1, 3]
     assert list(reasons) == [2] and reasons[2].startswith("no response could be generated: ") and said in reasons[2]
@@ -113,3 +113,14 @@ def test_a_prompt_that_cannot_be_answered_is_put_aside(tmp_path, monkeypatch, er
     with pytest.raises(RuntimeError, match="CUDA error"):
         error = RuntimeError("CUDA error: an illegal memory access was encountered")
         generator(prompts_for_pairs(4), 0)
+
+
+def test_an_own_verifier_is_looked_for_where_the_run_was_started(tmp_path):
+    """An actor may run in another folder."""
+    (tmp_path / "judge_of_the_driver.py").write_text("def f(response, answer): return 1.0\n")
+    model = write_model(tmp_path / "model")
+    config = RoundsConfig(
+        data=["d"], model=model, output="o", validation=["v"], objective="dpo", generate=2, rule="none",
+        verifier="judge_of_the_driver:f",
+    )  # fmt: skip
+    assert PairGenerator(config, load_model(model), str(tmp_path)).verify("", "") == 1.0

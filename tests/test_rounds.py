@@ -171,6 +171,7 @@ def test_what_does_not_fit_is_refused():
         ({"optimizer": "sgd"}, "needs an AdamW optimizer"),
         ({"generate": 4}, "needs --objective dpo"),
         ({"generate": 1, "objective": "dpo"}, "a pair needs two responses"),
+        ({"generate": 2, "objective": "dpo", "verifier": "numbr"}, "give number, exact, math, or a function"),
         ({"validation_objective": "dpo"}, "is for `alphatoken score`"),
         ({"in_run": True}, "is an option of `alphatoken train`"),
         ({"rule": "surprising", "drop_sequences": 0.2}, "--drop-sequences goes by mean value, and --rule surprising"),

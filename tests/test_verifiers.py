@@ -3,7 +3,7 @@
 import pytest
 
 from alphatoken.errors import BadRowError, UserError
-from alphatoken.verifiers import load_verifier, score_response
+from alphatoken.verifiers import load_verifier, score_response, verifier_source
 
 
 def test_number_and_exact(tmp_path):
@@ -53,3 +53,25 @@ def test_a_file_that_cannot_be_loaded(tmp_path, code, message):
 def test_an_answer_without_a_number(tmp_path):
     with pytest.raises(BadRowError, match="nothing to compare with"):
         score_response(load_verifier("number", str(tmp_path)), "3", "three")
+
+
+def test_a_verifier_is_known_by_the_module_that_its_name_gives(tmp_path):
+    """Whatever kind of callable it is."""
+    text = (
+        "import functools\n"
+        "class Length:\n"
+        "    def __call__(self, response, answer): return 1.0\n"
+        "    def method(self, response, answer): return 1.0\n"
+        "called = Length()\n"
+        "bound = Length().method\n"
+        "@functools.lru_cache\n"
+        "def cached(response, answer): return 1.0\n"
+    )
+    (tmp_path / "kinds_of_checks.py").write_text(text)
+    for name in ("called", "bound", "cached", "Length.method"):
+        assert verifier_source(f"kinds_of_checks:{name}", str(tmp_path)) == text
+    (tmp_path / "kinds_of_checks.py").write_text(text + "# changed\n")
+    assert verifier_source("kinds_of_checks:called", str(tmp_path)) == text + "# changed\n"
+    assert verifier_source("number", str(tmp_path)) is None
+    with pytest.raises(UserError, match="has no gone"):
+        verifier_source("kinds_of_checks:gone", str(tmp_path))
