@@ -152,7 +152,7 @@ def test_rounds_know_their_verifier(files, tiny_checkpoint, tmp_path, capsys, mo
     config = RoundsConfig(**settings, objective="dpo", generate=2, verifier="checks_of_rounds:f")
     folder = RunFolder(str(tmp_path / "out"))
     folder.open(train_identity(config, check_train(config)))
-    (tmp_path / "out" / "checkpoints").mkdir()
+    storage.write_json({}, f"{folder.uri}/checkpoints/run/checkpoint_2026-11-28_12-00-00.000000/trainer_state.json")
     assert dry_run.dry_run(config)["state"] == "resume"
     Path("checks_of_rounds.py").write_text("def f(response, answer): return 0.0\n")
     with pytest.raises(UserError, match="different run.*verifier"):
