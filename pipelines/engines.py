@@ -71,9 +71,7 @@ def make_plan(model: str, dtype: str, config: Any, context: int, sampling: Sampl
     options = EngineOptions(**config.model_dump(include=set(EngineOptions.model_fields)))
     trusted = config.trust_remote_code
     check_gpus("--replicas", options.replica_range[0], options.gpus_per_replica * options.tensor_parallel)
-    return EnginePlan(
-        model, dtype, trusted, context, config.batch_tokens, options, sampling, end_ids(model, trusted)
-    )
+    return EnginePlan(model, dtype, trusted, context, config.batch_tokens, options, sampling, end_ids(model, trusted))
 
 
 def engine_room(options: EngineOptions) -> int:

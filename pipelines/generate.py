@@ -256,9 +256,7 @@ def _check_whole(rows: list[dict], samples: int) -> None:
             )
 
 
-def write_responses(
-    block: pa.Table, output: str, samples: int, model: str, stage: str = "generate"
-) -> dict[str, list]:
+def write_responses(block: pa.Table, output: str, samples: int, model: str, stage: str = "generate") -> dict[str, list]:
     """Write one shard and its commit record; returns its counts as one row."""
     if not block.num_rows:
         return {}

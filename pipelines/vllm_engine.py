@@ -1,6 +1,6 @@
 """vLLM through ray.data.llm: its replicas note what they compute, so that a prompt that kills engines is found.
 
-    requests -> vllm_request -> NotedEngine, in actors -> _answer -> ANSWERS
+requests -> vllm_request -> NotedEngine, in actors -> _answer -> ANSWERS
 """
 
 import asyncio

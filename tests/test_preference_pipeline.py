@@ -152,7 +152,7 @@ def test_empty_responses_are_no_wrong_ones_and_no_identical_ones(generated, tmp_
     rows = rows_of(generated[0].output)[:6]
     for row, text in zip(rows, ["", " ", "", "same", "same ", ""], strict=True):
         row["text"] = text
-    shard = str(tmp_path / "shard.parquet")
+    shard = str(tmp_path / storage.name_of(storage.list_shards(generated[0].output)[0]))
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.RESPONSES), shard)
     groups = read_groups(shard, 3)
     assert [(group.reason, group.empty, group.identical) for group in groups] == [
