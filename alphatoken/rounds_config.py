@@ -5,9 +5,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from alphatoken.config import Dtype, check_decoder_weights
+from alphatoken.errors import option_name
 from alphatoken.generate_config import Stops, check_verifier
 from alphatoken.targets import one_target
 from alphatoken.train_config import BY_VALUE, TrainConfig
+
+OF_GENERATE = ("verifier", "temperature", "stop", "max_new_tokens")
 
 
 class RoundsConfig(TrainConfig):
@@ -90,6 +93,8 @@ class RoundsConfig(TrainConfig):
         self._check_validation_objective()
         if self.generate and self.objective == "sft":
             raise ValueError("--generate makes preference pairs: it needs --objective dpo")
+        if not self.generate and (given := self.not_default(OF_GENERATE)):
+            raise ValueError(f"{option_name(given[0])} needs --generate: without it no response is sampled")
         if self.generate == 1:
             raise ValueError("--generate 1: a pair needs two responses or more")
         if self.objective == "dpo" and self.lora_rank and not self.reference_model:

@@ -37,7 +37,8 @@ SHORTER = {
     "fisher": ["--engine", "transformers", "--num-prompts", "4", "--max-new-tokens", "8"],
     "generate": ["--engine", "transformers", "--max-new-tokens", "12"],  # vLLM takes 40 s to start
     "train": ["--max-steps", "2"],
-    "rounds": ["--max-steps", "2", "--plain-steps", "1", "--refresh-every", "1", "--max-new-tokens", "12"],
+    "rounds": ["--max-steps", "2", "--plain-steps", "1", "--refresh-every", "1"],
+    "--generate": ["--max-new-tokens", "12"],  # of rounds
     "evaluate": ["--limit", "2"],
 }
 

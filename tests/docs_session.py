@@ -168,6 +168,7 @@ def run_line(line: str) -> str:
 def run_command(argv: list[str], line: str) -> str:
     # --debug: a failure shows its traceback among what pytest has captured.
     more = [*SHORTER.get(argv[0], []), "--debug"] if argv[0] in main.COMMANDS else []
+    more += SHORTER["--generate"] if "--generate" in argv else []
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         code = main.main([*argv, *more])
     assert code == 0, f"exit code {code}: {line}"
