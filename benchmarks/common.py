@@ -1,5 +1,6 @@
 """What the benchmarks share: real text in fixed shapes, the machine's description, results as JSON."""
 
+import argparse
 import ctypes
 import gc
 import json
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alphatoken.batching import Batch, make_batch
-from alphatoken.config import DataOptions, embedded_data
+from alphatoken.config import EMBEDDED_MODEL, DataOptions, embedded_data
 from alphatoken.encode import Encoded, Encoder
 from alphatoken.sources import plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
@@ -39,6 +40,16 @@ def encoded_rows(model: str, files: list[str]) -> list[Encoded]:
 
 def embedded_file(name: str) -> str:
     return str(embedded_data() / name)
+
+
+def rows_parser(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark that scores some rows along a direction."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
+    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
+    parser.add_argument("--rows", type=int, default=48, help="of the data, the first ones")
+    return parser
 
 
 def packed_batch(rows: list[Encoded], batch_size: int, length: int) -> Batch:

@@ -7,7 +7,6 @@ both above a process that has imported everything, each in a process of its own.
 the measured matrix product's speed that would have made the prediction right: what `--utilization` should be here.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from common import DATA_HELP, embedded_file, in_own_process, peak_mb_of, print_table, write_result
+from common import in_own_process, peak_mb_of, print_table, rows_parser, write_result
 
-from alphatoken.config import EMBEDDED_MODEL, DataOptions, ScoreConfig
+from alphatoken.config import DataOptions, ScoreConfig
 from alphatoken.model import load_model
 from alphatoken.plan_config import PlanConfig
 from alphatoken.plan_score import plan_score
@@ -104,11 +103,7 @@ def compared(line: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
-    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
-    parser.add_argument("--rows", type=int, default=48, help="of the data, the first ones; JSONL")
+    parser = rows_parser(__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json")
     arguments = parser.parse_args()

@@ -8,14 +8,12 @@ throughout, which is what a GPU scores in anyway. A CPU does the arithmetic of 8
 nothing is said of time: benchmarks/speed.py measures it on a GPU that has them.
 """
 
-import argparse
 
 import torch
-from common import DATA_HELP, embedded_file, encoded_rows, print_table, write_result
+from common import encoded_rows, print_table, rows_parser, write_result
 from fidelity import batches_of
 from trunk_dtype import compare
 
-from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.exact import Exact
 from alphatoken.model import load_model
@@ -29,11 +27,7 @@ CASES = {  # dtype of the model, dtype of the tangents
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
-    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
-    parser.add_argument("--rows", type=int, default=48, help="of the data, the first ones")
+    parser = rows_parser(__doc__)
     parser.add_argument("--parameters", nargs="+", default=["all-linear", "last-layers:3"])
     parser.add_argument("--json")
     arguments = parser.parse_args()

@@ -8,19 +8,17 @@ token with float32's: rank correlation, and the share of the lowest fifth that b
 throughout, which is what a GPU scores in anyway. Bytes are of the trunk's linear layers, seconds of valuing alone.
 """
 
-import argparse
 import time
 from typing import Any
 
 import torch
-from common import DATA_HELP, embedded_file, encoded_rows, print_table, write_result
+from common import encoded_rows, print_table, rows_parser, write_result
 from fidelity import batches_of
 from scipy.stats import spearmanr
 from torch import nn
 
 from alphatoken.architecture import decoder_layers, first_scored_layer
 from alphatoken.batching import Batch
-from alphatoken.config import EMBEDDED_MODEL
 from alphatoken.direction import GradientOptions, mean_gradient
 from alphatoken.exact import Exact
 from alphatoken.model import ScoringModel, load_model
@@ -70,11 +68,7 @@ def compare(values: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--data", help=DATA_HELP, default=embedded_file("train.jsonl"))
-    parser.add_argument("--validation", help=DATA_HELP, default=embedded_file("validation.jsonl"))
-    parser.add_argument("--rows", type=int, default=48, help="of the data, the first ones")
+    parser = rows_parser(__doc__)
     parser.add_argument("--parameters", default="last-layers:3")
     parser.add_argument("--json")
     arguments = parser.parse_args()
