@@ -48,6 +48,15 @@ def check_prompt_source(units: list[ReadUnit], columns: dict[str, str]) -> None:
             )
 
 
+def check_room_for_prompt(max_new_tokens: int, context: float) -> None:
+    """Raises UserError where a response of that length leaves nothing of `context` tokens."""
+    if max_new_tokens >= context:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and response have {context} tokens "
+            "together, by what the model can hold or --max-length; give fewer"
+        )
+
+
 class PromptReader:
     """Rows to prompts for one tokenizer."""
 

@@ -24,6 +24,7 @@ from alphatoken.evaluate_config import EvaluateConfig
 from alphatoken.evaluation import Estimate, RowSums, answer_accuracy, choice_accuracy, estimate, token_loss
 from alphatoken.evaluation_rows import KNOWN_COLUMNS, RowReader, check_columns
 from alphatoken.model import fingerprint, load_model
+from alphatoken.prompts import check_room_for_prompt
 from alphatoken.sources import ReadUnit, SourceRow, data_fingerprint, first_row, plan_units, read_unit
 from alphatoken.tokenizer import load_config, load_tokenizer
 from pipelines.cluster import connect, prepare_worker, torch_threads, user_errors
@@ -133,10 +134,8 @@ def make_reader(config: EvaluateConfig, model: str) -> RowReader:
     """The reader for a model's tokenizer, within the positions that the model has."""
     model_config = load_config(model, config.trust_remote_code).get_text_config()
     positions = getattr(model_config, "max_position_embeddings", None) or math.inf
-    if positions <= config.max_new_tokens and config.answers:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: {model} has {positions} positions"
-        )
+    if config.answers:
+        check_room_for_prompt(config.max_new_tokens, positions)
     longest = int(min(config.max_length, positions))
     options = config.model_copy(update={"max_length": longest})
     encoder = Encoder(load_tokenizer(model, config.trust_remote_code), options, model_config.vocab_size)

@@ -29,7 +29,7 @@ from alphatoken.fisher_config import FisherConfig
 from alphatoken.generate_config import SamplingOptions
 from alphatoken.model import load_model, planned_dtype
 from alphatoken.model_encoder import make_encoder
-from alphatoken.prompts import PromptReader, check_prompt_source
+from alphatoken.prompts import PromptReader, check_prompt_source, check_room_for_prompt
 from alphatoken.run_folder import RunFolder
 from alphatoken.sources import check_outside, data_fingerprint, plan_units, read_unit
 from alphatoken.tokenizer import load_config
@@ -122,10 +122,7 @@ def check_fisher(config: FisherConfig) -> EnginePlan:
         layout = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     scored_linears(layout, config.parameters)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or ANY_LENGTH
-    if config.max_new_tokens >= positions:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model holds {positions} tokens"
-        )
+    check_room_for_prompt(config.max_new_tokens, positions)
     context = min(config.max_prompt_tokens + config.max_new_tokens, positions)
     choose_engine(config)
     sampling = SamplingOptions(temperature=1.0, top_p=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)

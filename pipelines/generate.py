@@ -31,7 +31,7 @@ from alphatoken.encode import Encoder
 from alphatoken.errors import BadRowError, UserError
 from alphatoken.generate_config import GenerateConfig, SamplingOptions
 from alphatoken.model import fingerprint, load_model, planned_dtype
-from alphatoken.prompts import PromptReader, check_prompt_source
+from alphatoken.prompts import PromptReader, check_prompt_source, check_room_for_prompt
 from alphatoken.readers import ROWS_PER_FILE
 from alphatoken.run_folder import RunFolder, row_id_runs
 from alphatoken.sources import ReadUnit, SourceRow, check_outside, data_fingerprint, first_row, plan_units, read_unit
@@ -143,11 +143,7 @@ def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:
     context = min(filter(None, (config.max_length, positions)), default=None)
     if context is None:
         raise UserError(f"how much {config.model} can hold is not in its configuration: give --max-length")
-    if config.max_new_tokens >= context:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: prompt and response have {context} "
-            "tokens together"
-        )
+    check_room_for_prompt(config.max_new_tokens, context)
     plan = PromptPlan(config, template, context)
     reader = plan.reader()
     if template is not None or config.chat:

@@ -18,7 +18,7 @@ from alphatoken.errors import UserError
 from alphatoken.model import ScoringModel, fingerprint, load_model
 from alphatoken.model_encoder import make_encoder
 from alphatoken.pair_encode import check_pair_source
-from alphatoken.prompts import check_prompt_source
+from alphatoken.prompts import check_prompt_source, check_room_for_prompt
 from alphatoken.rounds_config import RoundsConfig
 from alphatoken.row_count import count_rows
 from alphatoken.sources import data_fingerprint, plan_units
@@ -106,11 +106,7 @@ def longest_prompt(config: TrainConfig) -> int:
     """In tokens, so that a response fits behind it. UserError where none would."""
     assert isinstance(config, RoundsConfig)
     context = make_encoder(config.model, data_options(config), config.trust_remote_code).options.max_length
-    if config.max_new_tokens >= context:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: prompt and response have {context} "
-            "tokens together (--max-length, or what the model can hold); give fewer"
-        )
+    check_room_for_prompt(config.max_new_tokens, context)
     return context - config.max_new_tokens
 
 
