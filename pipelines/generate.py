@@ -114,14 +114,9 @@ def generate_identity(plan: PromptPlan, engine: str, fingerprints: dict) -> dict
     """What the output folder keeps of the run, to know it again."""
     settings = plan.config.model_dump(mode="json", exclude=NOT_IDENTITY) | {
         "engine": engine, "chat_template": plan.chat_template, "context": plan.context,
-        "dtype": engine_dtype(plan.config, engine),
+        "dtype": planned_dtype(plan.config.dtype, plan.config.gpus_per_replica),
     }  # fmt: skip
     return {"stage": "generate", "config": settings, "fingerprints": fingerprints}
-
-
-def engine_dtype(config: GenerateConfig, engine: str) -> str:
-    """What vLLM makes of auto is the checkpoint's own, wherever it runs."""
-    return config.dtype if engine == "vllm" else planned_dtype(config.dtype, config.gpus_per_replica)
 
 
 def check_generate(config: GenerateConfig, units: list[ReadUnit]) -> PromptPlan:

@@ -15,13 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-import torch
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from alphatoken.embedded import resolve_model
 from alphatoken.generate_config import SamplingOptions
-from alphatoken.model import resolve_dtype
+from alphatoken.model import planned_dtype
 from alphatoken.tokenizer import load_tokenizer
 from pipelines import metrics
 from pipelines.cluster import torch_threads
@@ -142,7 +141,7 @@ def vllm_config(plan: EnginePlan) -> Any:
     options = plan.options
     on_gpu = options.gpus_per_replica > 0
     engine = {
-        "dtype": str(resolve_dtype(plan.dtype, torch.device("cuda" if on_gpu else "cpu"))).removeprefix("torch."),
+        "dtype": planned_dtype(plan.dtype, options.gpus_per_replica),
         "max_model_len": plan.context,
         "trust_remote_code": plan.trust_remote_code,
         "tensor_parallel_size": options.tensor_parallel,

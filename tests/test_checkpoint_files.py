@@ -19,7 +19,7 @@ from alphatoken.sources import plan_units
 from alphatoken.train_config import TrainConfig
 from pipelines.direction_identity import direction_identity, direction_run
 from pipelines.fisher import fisher_run
-from pipelines.generate import engine_dtype
+from pipelines.generate import PromptPlan, generate_identity
 from pipelines.generate import input_fingerprints as of_prompts
 from pipelines.score import input_fingerprints
 from pipelines.train import train_identity
@@ -104,15 +104,14 @@ def test_a_run_does_not_go_on_in_another_dtype(tmp_path, model, dtype, same):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     base = {"model": model, "output": str(tmp_path / "out"), "dtype": dtype}
-    scores, samples = (
-        [
-            input_fingerprints(ScoreConfig(**base, data=[str(rows)], estimator="loss", gpus_per_actor=gpus))["dtype"],
-            engine_dtype(GenerateConfig(**base, prompts=[str(rows)], gpus_per_replica=gpus), "transformers"),
-        ]
-        for gpus in (0, 1)
-    )
-    assert (scores == samples) == same
-    assert engine_dtype(GenerateConfig(**base, prompts=[str(rows)], gpus_per_replica=1), "vllm") == dtype
+
+    def dtypes(gpus: int) -> list[str]:
+        score = ScoreConfig(**base, data=[str(rows)], estimator="loss", gpus_per_actor=gpus)
+        plan = PromptPlan(GenerateConfig(**base, prompts=[str(rows)], gpus_per_replica=gpus), None, 64)
+        of_engines = [generate_identity(plan, engine, {})["config"]["dtype"] for engine in ("transformers", "vllm")]
+        return [input_fingerprints(score)["dtype"], *of_engines]
+
+    assert all((before == after) == same for before, after in zip(dtypes(0), dtypes(1), strict=True))
 
 
 def test_no_such_model():
