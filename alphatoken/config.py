@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from alphatoken.credentials import refuse_secrets
-from alphatoken.errors import option_name
+from alphatoken.errors import option_name, option_names
 from alphatoken.targets import files_by_target
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
@@ -249,14 +249,14 @@ class ScoreConfig(StageConfig, DataOptions, ModelOptions, TrunkOptions, Directio
             if bool(self.validation) == bool(self.direction):
                 raise ValueError("give either --validation FILES or --direction FILE")
             if self.direction and (given := self.not_default(MAKE_A_DIRECTION)):
-                names = ", ".join(map(option_name, given))
+                names = option_names(given)
                 raise ValueError(f"{names}: how a direction is made; --direction {self.direction} is made already")
             if self.fisher and not self.reference_model:
                 raise ValueError(STABILITY_NEEDS)
             if self.reference_model and not self.fisher and self.objective == "sft":
                 raise ValueError(STABILITY_NEEDS)
         elif given := self.not_default(ABOUT_WEIGHTS):
-            names = ", ".join(map(option_name, given))
+            names = option_names(given)
             raise ValueError(f"{names}: for exact and value_propagation; {self.estimator} is about no weights")
         elif self.gpus_per_actor > 1:
             raise ValueError(f"--gpus-per-actor above 1 is for exact and value_propagation, not for {self.estimator}")

@@ -23,6 +23,11 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def option_names(fields: Iterable[str]) -> str:
+    """Of several."""
+    return ", ".join(map(option_name, fields))
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, Field, field_validator, model_va
 
 from alphatoken.config import ModelOptions, StageConfig
 from alphatoken.credentials import SECRET_PARAMETERS
-from alphatoken.errors import option_name
+from alphatoken.errors import option_names
 
 EngineName = Literal["auto", "vllm", "transformers"]
 OF_JUDGE = {  # what each takes, beside what all do
@@ -155,6 +155,6 @@ class PairConfig(StageConfig, EngineOptions):
         if self.judge in ("reward-model", "vllm-judge") and not self.judge_model:
             raise ValueError(f"--judge {self.judge} needs --judge-model")
         if given := self.not_default(OF_JUDGES - OF_JUDGE[self.judge]):
-            names = ", ".join(map(option_name, given))
+            names = option_names(given)
             raise ValueError(f"{names}: --judge {self.judge} does not use it")
         return self
